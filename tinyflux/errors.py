@@ -1,0 +1,38 @@
+"""Every error that TinyFlux raises on purpose.
+
+A message is one sentence or two: what is wrong, where, and what to do. The command line prints it
+without a traceback and exits with status 2; a library caller catches :class:`TinyFluxError` or a
+subclass, each of which is also the builtin exception that a caller would expect.
+"""
+
+
+class TinyFluxError(Exception):
+    """Base of all deliberate errors."""
+
+
+class ConfigError(TinyFluxError, ValueError):
+    """A configuration that cannot work: an unknown key, sizes that do not fit together."""
+
+
+class InputError(TinyFluxError, ValueError):
+    """User data that cannot be used: a broken picture, an empty or too long prompt, a bad shape."""
+
+
+class CheckpointError(TinyFluxError, ValueError):
+    """A checkpoint that is missing, broken or made for another model."""
+
+
+class CacheError(TinyFluxError, ValueError):
+    """A cache that is missing, incomplete, damaged or made for another model."""
+
+
+class HubError(TinyFluxError, OSError):
+    """A repository or directory of weights that cannot be opened."""
+
+
+class TrainingError(TinyFluxError, RuntimeError):
+    """A run that cannot go on, such as one whose loss stays non-finite."""
+
+
+class MissingDependencyError(TinyFluxError, ImportError):
+    """An optional package that the requested feature needs."""

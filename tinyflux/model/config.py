@@ -1,0 +1,220 @@
+"""The student's configuration and its presets."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinyflux.errors import ConfigError
+from tinyflux.util import config as plain
+from tinyflux.util.config import nearest
+
+# Keys of published v4.2 configs that have another name, or one possible value, here.
+_PUBLISHED_NAMES = {"joint_attention_dim": "t5_hidden_size"}
+_PUBLISHED_CONSTANTS = {"patch_size": 1}
+# What published checkpoints were trained with and their configs do not say.
+_PUBLISHED_SETTINGS: dict[str, Any] = {
+    "t5_layers": (12,),
+    "use_cross_attention_sharing": False,
+    "sol_num_stats": 3,
+    "text_padding": "encoder",
+    "latent_shift": 0.0,
+}
+
+
+@dataclass
+class TinyFluxConfig:
+    """Everything that fixes the student's architecture and what its inputs mean.
+
+    Attributes:
+        hidden_size: width D; ``num_attention_heads * attention_head_dim``.
+        num_double_layers: blocks in which text and image have their own weights.
+        num_single_layers: blocks over one joint sequence.
+        mlp_ratio: MLP width over ``hidden_size``.
+        use_lune_expert: predict Lune's pooled mid-block feature (``lune_expert_dim`` wide).
+        use_sol_prior: predict Sol's attention statistics and ``sol_spatial_size``-sided map.
+        sol_geometric_weight: share of the fixed, time-dependent prior at the start, in [0, 1].
+        freeze_lune, freeze_sol: keep that expert's weights as they are.
+        t5_layers: T5 hidden states whose RMS-normalised mean is the text embedding (0 is the
+            embedding output); a single last layer is taken as it is.
+        t5_hidden_size: width of the text embedding.
+        use_cross_attention_sharing: one text-side q/k/v projection for all double blocks.
+        axes_dims_rope: channels of a head for (frame, row, column); sums to the head width.
+        theta: RoPE's base.
+        in_channels: channels of a latent.
+        pooled_projection_dim: width of the pooled CLIP embedding.
+        lune_dropout: dropout inside the Lune predictor.
+        use_t5_vec: condition on pooled T5 tokens beside pooled CLIP.
+        sol_num_stats: 4, or 3 (without sparsity) as in published checkpoints.
+        max_text_length: text positions L that the model sees; longer prompts are refused.
+        text_padding: what stands after a caption's last token: ``"zero"`` vectors, or
+            ``"encoder"``, T5's outputs there, as published checkpoints were trained.
+        latent_shift: the shift taken off VAE latents before scaling.
+        timestep_shift: the sampler's time shift (see ``trainer.schedules.flux_shift``).
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+
+    hidden_size: int = 1536
+    num_attention_heads: int = 24
+    attention_head_dim: int = 64
+    num_double_layers: int = 4
+    num_single_layers: int = 8
+    mlp_ratio: float = 4.0
+
+    use_lune_expert: bool = True
+    lune_expert_dim: int = 1280
+    lune_hidden_dim: int = 512
+    freeze_lune: bool = False
+
+    use_sol_prior: bool = True
+    sol_spatial_size: int = 8
+    sol_hidden_dim: int = 256
+    sol_geometric_weight: float = 0.7
+    freeze_sol: bool = False
+
+    t5_layers: tuple[int, ...] = (0, 4, 8, 12)
+    t5_hidden_size: int = 768
+    use_cross_attention_sharing: bool = True
+
+    axes_dims_rope: tuple[int, ...] = (16, 24, 24)
+    theta: int = 10000
+
+    in_channels: int = 16
+    pooled_projection_dim: int = 768
+    lune_dropout: float = 0.0
+    use_t5_vec: bool = True
+    sol_num_stats: int = 4
+    max_text_length: int = 128
+    text_padding: str = "zero"
+    latent_shift: float = 0.1159
+    timestep_shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        self.t5_layers = tuple(self.t5_layers)
+        self.axes_dims_rope = tuple(self.axes_dims_rope)
+        heads, width = self.num_attention_heads, self.attention_head_dim
+        sizes = (
+            "hidden_size",
+            "num_attention_heads",
+            "attention_head_dim",
+            "lune_expert_dim",
+            "lune_hidden_dim",
+            "sol_spatial_size",
+            "sol_hidden_dim",
+            "t5_hidden_size",
+            "in_channels",
+            "pooled_projection_dim",
+            "max_text_length",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_double_layers < 0 or self.num_single_layers < 0:
+            raise ConfigError("model.num_double_layers and num_single_layers must not be negative")
+        if self.hidden_size % heads:
+            raise ConfigError(
+                f"model.num_attention_heads = {heads} does not divide "
+                f"model.hidden_size = {self.hidden_size}"
+            )
+        if self.hidden_size != heads * width:
+            raise ConfigError(
+                f"model.hidden_size = {self.hidden_size} must be num_attention_heads * "
+                f"attention_head_dim = {heads} * {width} = {heads * width}"
+            )
+        if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != width:
+            raise ConfigError(
+                f"model.axes_dims_rope = {list(self.axes_dims_rope)} must be three numbers that "
+                f"add up to attention_head_dim = {width}, not {sum(self.axes_dims_rope)}"
+            )
+        if any(dim < 0 or dim % 2 for dim in self.axes_dims_rope):
+            raise ConfigError(
+                f"model.axes_dims_rope = {list(self.axes_dims_rope)} must hold even numbers: "
+                f"rotary embedding turns channels in pairs"
+            )
+        if not self.t5_layers or any(layer < 0 for layer in self.t5_layers):
+            raise ConfigError(
+                f"model.t5_layers = {list(self.t5_layers)} must name at least one layer, "
+                f"counted from 0 (the embedding output)"
+            )
+        if not 0 <= self.sol_geometric_weight <= 1:
+            raise ConfigError(
+                f"model.sol_geometric_weight must be in [0, 1], not {self.sol_geometric_weight}"
+            )
+        if self.sol_num_stats not in (3, 4):
+            raise ConfigError(f"model.sol_num_stats must be 3 or 4, not {self.sol_num_stats}")
+        if self.text_padding not in ("zero", "encoder"):
+            raise ConfigError(
+                f"model.text_padding must be 'zero' or 'encoder', not '{self.text_padding}'"
+            )
+        if self.timestep_shift <= 0 or self.theta <= 0:
+            raise ConfigError("model.timestep_shift and model.theta must be above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; :meth:`from_dict` gives an equal config."""
+        return plain.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the model config") -> "TinyFluxConfig":
+        """From :meth:`to_dict`, or from the config of a published v4.2 checkpoint.
+
+        Keys that start with an underscore are comments.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value; ``where`` names the source.
+        """
+        data = {key: value for key, value in data.items() if not key.startswith("_")}
+        published = _PUBLISHED_NAMES.keys() | _PUBLISHED_CONSTANTS.keys()
+        if published & data.keys():
+            for name, only in _PUBLISHED_CONSTANTS.items():
+                if data.pop(name, only) != only:
+                    raise ConfigError(f"{where}: {name} must be {only}")
+            for old, new in _PUBLISHED_NAMES.items():
+                if old in data:
+                    data[new] = data.pop(old)
+            data = {**_PUBLISHED_SETTINGS, **data}
+        return plain.from_dict(cls, data, where)
+
+
+PRESETS: dict[str, TinyFluxConfig] = {
+    "default": TinyFluxConfig(),
+    # The published checkpoints' 245M parameters.
+    "tiny-flux-deep": TinyFluxConfig(
+        hidden_size=512,
+        num_attention_heads=4,
+        attention_head_dim=128,
+        num_double_layers=15,
+        num_single_layers=25,
+        axes_dims_rope=(16, 56, 56),
+        lune_dropout=0.1,
+        **_PUBLISHED_SETTINGS,
+    ),
+    # What the demo and the tests train, on the toy world's encoders.
+    "toy": TinyFluxConfig(
+        hidden_size=192,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_double_layers=2,
+        num_single_layers=4,
+        lune_expert_dim=128,
+        lune_hidden_dim=128,
+        sol_hidden_dim=64,
+        t5_layers=(0, 1, 2, 3),
+        t5_hidden_size=128,
+        axes_dims_rope=(8, 12, 12),
+        pooled_projection_dim=128,
+        max_text_length=16,
+        latent_shift=0.0,
+        timestep_shift=1.0,
+    ),
+}
+
+
+def preset(name: str) -> TinyFluxConfig:
+    """A copy of the preset ``name``: ``"default"``, ``"tiny-flux-deep"`` or ``"toy"``."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"unknown preset '{name}'{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}"
+        )
+    return dataclasses.replace(PRESETS[name])
