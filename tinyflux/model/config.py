@@ -156,7 +156,9 @@ class TinyFluxConfig:
         return plain.to_dict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "the model config") -> "TinyFluxConfig":
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "the model config"
+    ) -> "TinyFluxConfig":
         """From :meth:`to_dict`, or from the config of a published v4.2 checkpoint.
 
         Keys that start with an underscore are comments.

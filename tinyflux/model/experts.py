@@ -52,7 +52,9 @@ class LunePredictor(nn.Module):
             nn.SiLU(),
             nn.Linear(width, expert_dim),
         )
-        self.output_proj = nn.Sequential(nn.LayerNorm(expert_dim), nn.Linear(expert_dim, hidden_size))
+        self.output_proj = nn.Sequential(
+            nn.LayerNorm(expert_dim), nn.Linear(expert_dim, hidden_size)
+        )
         self.expert_gate = nn.Parameter(torch.zeros(()))  # sigmoid: half open at first
 
     def forward(
@@ -121,7 +123,9 @@ class SolPrior(nn.Module):
         """
         source = torch.cat([time_vec, pooled], dim=-1)
         stats_pred = self.stat_predictor(source)
-        spatial_pred = self.spatial_predictor(source).sigmoid().unflatten(-1, (self.spatial_size,) * 2)
+        spatial_pred = (
+            self.spatial_predictor(source).sigmoid().unflatten(-1, (self.spatial_size,) * 2)
+        )
 
         blend = self.blend_gate.sigmoid()
         learned = F.softplus(self.stat_to_temperature(choose(stats_pred, stats, mask)))

