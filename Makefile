@@ -1,0 +1,47 @@
+# The whole interface of a checkout. `make demo` and `make test` need nothing but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FRESH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint types format constraints clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.installed  ## the whole system on real pictures, in about ten minutes (FRESH=1 starts over)
+	$(BIN)/python -m tinyflux demo $(if $(FRESH),--fresh)
+
+test: $(VENV)/.installed  ## every test
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed  ## format, style and layering
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed  ## type checker
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrite files in the house format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "error: TinyFlux needs Python 3.10, 3.11 or 3.12; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV) (a few minutes the first time)"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+constraints: ## resolve the tested set of packages again (needs uv)
+	uv pip compile --universal --python-version 3.10 --extra dev --no-annotate --no-header pyproject.toml \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > constraints.txt
+
+clean:  ## remove the environment and what the demo made
+	rm -rf $(VENV) runs
