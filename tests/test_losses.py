@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tinyflux.errors import ConfigError, InputError
+from tinyflux.trainer.losses import (
+    compute_lune_loss,
+    compute_main_loss,
+    compute_sol_loss,
+    huber_loss,
+    min_snr_weight,
+)
+from tinyflux.trainer.schedules import flux_shift
+
+GOLDEN = load_file(Path(__file__).parent / "goldens" / "losses.safetensors")
+
+
+def golden(name):
+    return GOLDEN[f"in.{name}"]
+
+
+def close(found, name):
+    torch.testing.assert_close(found, GOLDEN[f"out.{name}"], rtol=1e-6, atol=1e-6)
+
+
+def test_goldens_hold():
+    pred, target, t = golden("pred"), golden("target"), golden("t")
+    close(min_snr_weight(t), "min_snr")
+    close(flux_shift(t, 3.0), "flux_shift3")
+    close(compute_main_loss(pred, target, use_huber=False), "main_mse")
+    close(compute_main_loss(pred, target), "main_huber")
+    everything = compute_main_loss(
+        pred,
+        target,
+        mask=golden("mask"),
+        spatial_weights=golden("spatial"),
+        snr_weights=min_snr_weight(t),
+    )
+    close(everything, "main_all")
+    for mode in ("cosine", "mse", "huber"):
+        close(compute_lune_loss(golden("lp"), golden("lt"), mode), f"lune_{mode}")
+    close(compute_sol_loss(golden("ss"), golden("sp"), golden("st"), golden("spatial")), "sol")
+
+
+@given(st.floats(-3, 3), st.floats(0.01, 1))
+def test_huber_is_quadratic_then_linear(difference, delta):
+    found = huber_loss(torch.tensor(difference), torch.tensor(0.0), delta)
+    size = abs(difference)
+    expected = 0.5 * size**2 if size <= delta else delta * (size - 0.5 * delta)
+    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_min_snr_is_one_near_noise_and_finite_everywhere():
+    t = torch.tensor([0.0, 1e-4, 0.5, 0.9, 1 - 1e-4, 1.0])
+    weights = min_snr_weight(t)
+    assert weights.isfinite().all()
+    assert (weights[:3] == 1).all()
+    assert (weights.diff() <= 0).all()
+
+
+def test_an_even_spatial_map_changes_nothing():
+    pred, target = golden("pred"), golden("target")
+    plain = compute_main_loss(pred, target)
+    for level in (0.0, 0.1, 7.0):
+        even = compute_main_loss(pred, target, spatial_weights=torch.full((3, 8, 8), level))
+        torch.testing.assert_close(even, plain)
+
+
+def test_rectangles_take_their_grid():
+    pred, target = torch.randn(2, 12, 4), torch.randn(2, 12, 4)
+    weights = torch.zeros(2, 8, 8)
+    weights[:, :, :4] = 1.0  # the left half
+    found = compute_main_loss(pred, target, spatial_weights=weights, use_huber=False, grid=(3, 4))
+    columns = (pred - target).square().mean(-1).unflatten(1, (3, 4))
+    torch.testing.assert_close(found, 2 * columns[:, :, :2].sum() / 24)
+    with pytest.raises(InputError, match="12 tokens"):
+        compute_main_loss(pred, target, spatial_weights=weights)
+
+
+@pytest.mark.parametrize("mode", ["cosine", "mse", "huber"])
+def test_losses_of_micro_batches_average_to_that_of_the_batch(mode):
+    pred, target = golden("lp").repeat(4, 1), golden("lt").repeat(4, 1)
+    mask = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    whole = compute_lune_loss(pred, target, mode, mask)
+    parts = [compute_lune_loss(pred[i::4], target[i::4], mode, mask[i::4]) for i in range(4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_no_teacher_at_all_is_a_loss_of_zero_with_a_gradient():
+    pred = golden("ss").clone().requires_grad_()
+    none = torch.zeros(3, dtype=torch.bool)
+    nan = torch.full((3, 4), float("nan"))
+    loss = compute_sol_loss(pred, golden("sp"), nan, golden("spatial"), none)
+    assert float(loss.detach()) == 0
+    lune = compute_lune_loss(golden("lp"), golden("lt"), mask=none)
+    assert float(lune) == 0
+
+
+def test_unknown_lune_mode_is_refused():
+    with pytest.raises(ConfigError, match="cosine, mse, huber"):
+        compute_lune_loss(golden("lp"), golden("lt"), "cosin")

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyflux.errors import ConfigError
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import (
+    constant_with_warmup,
+    cosine_schedule,
+    flux_shift,
+    flux_unshift,
+    get_lune_weight,
+    get_sol_weight,
+    linear_decay,
+    sample_timesteps,
+    warmup,
+)
+
+
+@given(st.floats(0, 1), st.floats(0.1, 10))
+def test_unshift_inverts_shift(t, shift):
+    t = torch.tensor(t, dtype=torch.float64)
+    torch.testing.assert_close(flux_unshift(flux_shift(t, shift), shift), t)
+
+
+def test_shift_keeps_the_ends_and_the_order():
+    t = torch.linspace(0, 1, 50)
+    shifted = flux_shift(t, 3.0)
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    assert (shifted.diff() > 0).all()
+
+
+@pytest.mark.parametrize("logit_normal", [True, False])
+def test_timesteps_recover_their_distribution(logit_normal):
+    generator = torch.Generator().manual_seed(0)
+    t = sample_timesteps(
+        20_000, "cpu", logit_normal=logit_normal, logit_mean=0.3, generator=generator
+    )
+    assert t.shape == (20_000,)
+    assert t.min() >= 1e-4
+    assert t.max() <= 1 - 1e-4
+    plain = flux_unshift(t, 3.0)
+    if logit_normal:
+        logits = plain.logit()
+        assert float(logits.mean()) == pytest.approx(0.3, abs=0.03)
+        assert float(logits.std()) == pytest.approx(1.0, abs=0.03)
+    else:
+        quantiles = plain.quantile(torch.tensor([0.1, 0.5, 0.9]))
+        torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.5, 0.9]), atol=0.02, rtol=0)
+
+
+def test_a_generator_fixes_the_timesteps():
+    draws = [
+        sample_timesteps(4, "cpu", generator=torch.Generator().manual_seed(3)) for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("schedule", [cosine_schedule, linear_decay])
+def test_decays_rise_to_one_and_fall_to_the_floor(schedule):
+    values = [schedule(step, 100, 10, 0.1) for step in range(120)]
+    assert values[0] == 0
+    assert values[10] == 1
+    assert values[5] == 0.5
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert values[100] == pytest.approx(0.1)
+    assert values[119] == pytest.approx(0.1)
+    assert schedule(0, 100, 0, 0.1) == 1
+
+
+def test_constant_and_warm_up_kinds():
+    assert constant_with_warmup(500, 10) == 1
+    assert warmup(5, 10, "cosine") == pytest.approx(0.5)
+    assert warmup(2, 10, "cosine") < warmup(2, 10, "linear")
+    with pytest.raises(ConfigError, match="linear or cosine"):
+        warmup(1, 10, "sine")
+
+
+def test_teacher_weights_warm_up():
+    assert get_lune_weight(0, 1000, 0.1) == 0
+    assert get_lune_weight(500, 1000, 0.1) == pytest.approx(0.05)
+    assert get_sol_weight(9000, 2000, 0.05) == 0.05
+    assert get_sol_weight(0, 0, 0.05) == 0.05
+
+
+def test_learning_rate_moves_from_the_first_step_to_the_floor():
+    config = TrainerConfig(learning_rate=1e-3, min_lr=1e-5, total_steps=100, warmup_steps=10)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-5)
+    flat = TrainerConfig(lr_scheduler="constant", warmup_steps=0)
+    assert flat.lr_at(0) == flat.lr_at(99_999) == flat.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"optimizer": "adamv"}, "did you mean 'adamw'"),
+        ({"lr_scheduler": "cos"}, "choose one of cosine, linear, constant"),
+        ({"text_dropout": 1.5}, "text_dropout must be between 0 and 1"),
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"dtype": torch.float16}, "float32 or bfloat16"),
+        ({"upload_every_steps": 10}, "needs trainer.hf_repo_id"),
+        ({"save_every_steps": 0}, "null for never"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainerConfig(**setting)

@@ -1,0 +1,154 @@
+"""Exponential moving average of a model's weights."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tinyflux.errors import CheckpointError, ConfigError, TrainingError
+from tinyflux.util.files import atomic_write
+
+# What torch.compile, DataParallel and engines put in front of names.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the prefixes that wrappers add."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+    return name
+
+
+class EMA:
+    """``shadow = decay * shadow + (1 - decay) * weight``, kept in fp32 beside the model.
+
+    Trainable parameters are averaged; frozen parameters and buffers are kept equal to the model's.
+    Names are the plain model's, whether it is compiled or wrapped.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999):
+        if not 0 <= decay < 1:
+            raise ConfigError(f"the EMA's decay must be at least 0 and below 1, not {decay}")
+        self.decay = decay
+        self.shadow = {
+            name: tensor.detach().to(_shadow_dtype(tensor), copy=True)
+            for name, tensor in _tensors(model).items()
+        }
+        self._backup: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the shadow towards the model's weights."""
+        averaged: list[Tensor] = []
+        weights: list[Tensor] = []
+        for name, tensor in _tensors(model).items():
+            shadow = self.shadow[name]
+            if tensor.requires_grad:
+                averaged.append(shadow)
+                weights.append(tensor.detach().to(shadow.device, shadow.dtype))
+            else:
+                shadow.copy_(tensor)
+        if averaged:
+            torch._foreach_lerp_(averaged, weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def apply_shadow(self, model: nn.Module) -> None:
+        """Put the shadow into the model, keeping its own weights for :meth:`restore`."""
+        if self._backup is not None:
+            raise TrainingError("the EMA is already applied: restore the model's weights first")
+        self._backup = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+        self.copy_to(model)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Undo :meth:`apply_shadow`."""
+        if self._backup is None:
+            raise TrainingError("there is nothing to restore: the EMA is not applied")
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(self._backup[name])
+        self._backup = None
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's weights with the shadow."""
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(self.shadow[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"decay": float, "shadow": {name: tensor}}``; the tensors are the EMA's own."""
+        return {"decay": self.decay, "shadow": dict(self.shadow)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: tensors that are missing, unknown or of another shape.
+        """
+        if set(state) != {"decay", "shadow"}:
+            raise CheckpointError(
+                "an EMA's state must hold 'decay' and 'shadow', "
+                f"not {', '.join(sorted(map(str, state))) or 'nothing'}"
+            )
+        check_tensors(self.shadow, state["shadow"], "the EMA's state")
+        self.decay = float(state["decay"])
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state["shadow"][name])
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the shadow as safetensors in ``dtype`` (fp32 loses nothing)."""
+        tensors = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in self.shadow.items()
+        }
+        atomic_write(path, save(tensors, metadata={"ema": json.dumps({"decay": self.decay})}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "EMA":
+        """Read what :meth:`save` wrote, for ``model``.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged or made for another model.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                shadow = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read the EMA file {path}: {error}") from error
+        if "ema" not in metadata:
+            raise CheckpointError(f"{path} was not written by EMA.save: it holds no decay")
+        ema = cls(model, json.loads(metadata["ema"])["decay"])
+        check_tensors(ema.shadow, shadow, str(path))
+        ema.load_state_dict({"decay": ema.decay, "shadow": shadow})
+        return ema
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
+    """Refuse ``found`` unless it has the names and shapes of ``expected``."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{where} does not fit the model: {', '.join(problems[:3])}{more}; "
+            "use the config that it was made with"
+        )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by plain name."""
+    return {plain_name(name): t for name, t in model.state_dict(keep_vars=True).items()}
+
+
+def _shadow_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype

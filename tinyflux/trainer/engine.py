@@ -1,0 +1,240 @@
+"""What runs a training step: backward, gradient exchange, clipping and the optimizer.
+
+The training loop knows an :class:`Engine` only. :class:`TorchEngine` is plain torch;
+``tinyflux.distributed.deepspeed`` has the other.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tinyflux.errors import CheckpointError, MissingDependencyError
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+
+
+class SkipCounter:
+    """Counts optimizer steps skipped for a non-finite gradient, without waiting for the device."""
+
+    def __init__(self, device: torch.device):
+        self._total = torch.zeros((), device=device)
+        self._row = torch.zeros((), device=device)
+        self._longest_row = torch.zeros((), device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Count one step; ``skipped`` is a bool scalar."""
+        hit = skipped.to(self._total)
+        self._total += hit
+        self._row = (self._row + 1) * hit
+        self._longest_row = torch.maximum(self._longest_row, self._row)
+
+    def read(self) -> tuple[int, int]:
+        """Skipped steps in all, and the longest uninterrupted row of them; waits."""
+        total, longest = torch.stack([self._total, self._longest_row]).tolist()
+        return int(total), int(longest)
+
+
+class Engine(Protocol):
+    """Runs the arithmetic of an optimizer step.
+
+    Attributes:
+        model: the bare student, whose weights the engine keeps current and in fp32.
+        device: where batches go.
+        skips: the steps not taken because their gradient was not finite.
+    """
+
+    model: TinyFluxDeep
+    device: torch.device
+    skips: SkipCounter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward in the run's precision."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of ``loss``; ``last`` marks the step's last micro-batch."""
+
+    def step(self, lr: float) -> Tensor:
+        """Average gradients over the workers, clip, update; the norm before clipping, a scalar.
+
+        A non-finite gradient changes nothing and is counted in ``skips``.
+        """
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` over the workers."""
+
+    def optimizer_state(self) -> dict[str, Tensor] | None:
+        """The whole optimizer state as ``<parameter>/<key>``; called by all workers.
+
+        Only rank 0 need get it, the others may get None.
+        """
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over :meth:`optimizer_state` of any engine on any number of workers."""
+
+
+class TorchEngine:
+    """Plain torch; with a process group of several workers, plain data parallelism."""
+
+    def __init__(self, model: TinyFluxDeep, config: TrainerConfig):
+        self.model = prepare_model(model, config)
+        self.device = next(model.parameters()).device
+        self.skips = SkipCounter(self.device)
+        self._config = config
+        self._names = trainable_names(model)
+        self._parameters = model.get_trainable_parameters()
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self.optimizer = build_optimizer(self._parameters, config)
+        # A fused optimizer can skip a step by a flag on its device, so nothing has to wait.
+        self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with autocast(self.device, self._config.dtype):
+            return self.model(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> Tensor:
+        if self._world > 1:
+            self._average_gradients()
+        limit = self._config.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        skipped = ~norm.isfinite()
+        self.skips.update(skipped)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._skips_on_device:
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _average_gradients(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # every worker must send the same tensors
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self._world
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def average(self, values: Tensor) -> Tensor:
+        return average(values)
+
+    def optimizer_state(self) -> dict[str, Tensor] | None:
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        return flatten_state(self.optimizer, self._names, self._parameters)
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        restore_state(self.optimizer, self._names, self._parameters, state)
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of ``values`` over the process group, or ``values`` without one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision for fp32 weights; fp32 is left alone."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def prepare_model(model: TinyFluxDeep, config: TrainerConfig) -> TinyFluxDeep:
+    """``model`` with fp32 master weights, and checkpointed and compiled as configured, in place."""
+    model.float()
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.compile_mode is not None:
+        # Block by block: every block of a kind shares one compilation, and names stay.
+        for block in (*model.double_blocks, *model.single_blocks):
+            block.compile(mode=config.compile_mode)
+    return model
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not frozen, in the model's order."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer.
+
+    Raises:
+        MissingDependencyError: ``adamw_8bit`` without bitsandbytes.
+    """
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=lr, weight_decay=decay)
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingDependencyError(
+                "trainer.optimizer 'adamw_8bit' needs the package bitsandbytes: "
+                "pip install bitsandbytes, or use 'adamw'"
+            ) from error
+        return AdamW8bit(parameters, lr=lr, betas=config.betas, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+
+
+def flatten_state(
+    optimizer: torch.optim.Optimizer, names: list[str], parameters: list[nn.Parameter]
+) -> dict[str, Tensor]:
+    """An optimizer's state as ``<parameter>/<key>`` tensors, as they are."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).detach()
+        for name, parameter in zip(names, parameters, strict=True)
+        for key, value in optimizer.state[parameter].items()
+        if value is not None
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    parameters: list[nn.Parameter],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Inverse of :func:`flatten_state`.
+
+    Raises:
+        CheckpointError: state of parameters that the model has not.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for path, tensor in state.items():
+        name, _, key = path.rpartition("/")
+        if name not in by_name:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state of '{name}' fits no trainable parameter: "
+                "use the model config that it was made with"
+            )
+        by_name[name][key] = tensor
+    # torch's own loader puts tensors on the right devices and knows which must stay on the CPU.
+    packed = optimizer.state_dict()
+    packed["state"] = {
+        index: {
+            key: int(tensor) if key == "step" and not _keeps_step_tensor(optimizer) else tensor
+            for key, tensor in by_name[name].items()
+        }
+        for index, name in enumerate(names)
+        if by_name[name]
+    }
+    optimizer.load_state_dict(packed)
+
+
+def _keeps_step_tensor(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step count is a tensor, as in torch's own optimizers."""
+    return type(optimizer).__module__.startswith("torch.")

@@ -1,0 +1,287 @@
+"""The loop around the training step: logs, checkpoints, validation, samples.
+
+The library's Trainer and the Ray Train worker both run it. They differ in the engine and in where
+batches come from.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyflux.errors import TrainingError
+from tinyflux.trainer.checkpoint import (
+    TrainerState,
+    epoch_directory,
+    prune,
+    save_checkpoint,
+    step_directory,
+)
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.dropout import install
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import Engine
+from tinyflux.trainer.metrics import MetricLog
+from tinyflux.trainer.sampling import Sampler, image_grid
+from tinyflux.trainer.step import TrainBatch, training_loss
+from tinyflux.trainer.upload import Uploader
+from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.util.config import to_dict
+
+
+@dataclass
+class RunPaths:
+    """Where a run writes."""
+
+    checkpoints: Path
+    samples: Path
+    tensorboard: Path
+    metrics: Path
+
+
+@dataclass
+class StepData:
+    """What one optimizer step trains on, and the place in the data after it.
+
+    Attributes:
+        micro_batches: this worker's share.
+        samples_seen: samples of the run over all workers, these included.
+        epoch: complete passes. epoch_batches: micro-batches of the pass under way.
+    """
+
+    micro_batches: list[TrainBatch]
+    samples_seen: int
+    epoch: int
+    epoch_batches: int
+
+
+class TrainLoop:
+    """Runs optimizer steps and what comes with them.
+
+    Args:
+        state: where the run stands; kept current.
+        ema: on the main worker; None on the others.
+        paths: where the main worker writes; None on the others, which write nothing.
+        null_text, t_buckets: see :func:`tinyflux.trainer.step.training_loss`.
+        held_out: samples to validate on. sampler: draws ``config.sample_prompts``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: TrainerConfig,
+        state: TrainerState,
+        ema: EMA | None,
+        paths: RunPaths | None,
+        null_text: tuple[Tensor, Tensor] | None,
+        t_buckets: Tensor,
+        held_out: HeldOut | None = None,
+        sampler: Sampler | None = None,
+    ):
+        self.engine, self.config, self.state, self.ema = engine, config, state, ema
+        self.paths, self.held_out, self.sampler = paths, held_out, sampler
+        self.t_buckets = t_buckets.to(engine.device)
+        self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
+        self._log: MetricLog | None = None
+        self._uploader: Uploader | None = None
+        self._sums = torch.zeros(4, device=engine.device)
+        self._steps = self._samples = 0
+        self._wait = self._busy = 0.0
+        self._grid = (64, 64)  # that of the latest batch
+        install(engine.model)
+
+    def run(self, data: Iterable[StepData]) -> None:
+        """Train on ``data`` until it ends or ``config.total_steps`` are done.
+
+        Raises:
+            TrainingError: gradients stayed non-finite.
+        """
+        if self.state.step >= self.config.total_steps:
+            return
+        if self.paths is not None:
+            self._log = MetricLog(self.paths.metrics, self.paths.tensorboard, self.state.step)
+            if self.config.hf_repo_id is not None:
+                self._uploader = Uploader(self.config.hf_repo_id)
+        self.engine.model.train()
+        try:
+            if self.state.step == 0 and self.config.validate_every is not None:
+                self._validate()
+            started = time.perf_counter()
+            for item in data:
+                ready = time.perf_counter()
+                norm = self._step(item)
+                done = time.perf_counter()
+                self._wait += ready - started
+                self._busy += done - started
+                self._after_step(item, norm)
+                if self.state.step >= self.config.total_steps:
+                    break
+                started = time.perf_counter()
+        finally:
+            if self._log is not None:
+                self._log.close()
+            if self._uploader is not None:
+                self._uploader.close()
+            self._log = self._uploader = None
+
+    def _step(self, item: StepData) -> Tensor:
+        """One optimizer step; the gradient's norm."""
+        size = sum(len(batch) for batch in item.micro_batches)
+        self._grid = item.micro_batches[0].grid
+        for index, batch in enumerate(item.micro_batches):
+            loss = training_loss(
+                self.engine.model,
+                batch.to(self.engine.device),
+                self.config,
+                self.state.step,
+                self.null_text,  # type: ignore[arg-type]
+                self.t_buckets,
+                velocity=self.engine.forward,
+            )
+            # The mean over the global batch, however it is cut.
+            share = len(batch) / size
+            self.engine.backward(loss.total * share, last=index + 1 == len(item.micro_batches))
+            self._sums += loss.stack() * share
+        norm = self.engine.step(self.config.lr_at(self.state.step))
+        if self.ema is not None:
+            self.ema.update(self.engine.model)
+        return norm
+
+    def _after_step(self, item: StepData, norm: Tensor) -> None:
+        config, state = self.config, self.state
+        new_epoch = item.epoch > state.epoch
+        self._samples += item.samples_seen - state.samples_seen
+        self._steps += 1
+        state.step += 1
+        state.samples_seen = item.samples_seen
+        state.epoch, state.epoch_batches = item.epoch, item.epoch_batches
+
+        last = state.step >= config.total_steps
+        if last or state.step % config.log_every == 0:
+            self._report(norm)
+        if last or state.step % config.max_nonfinite_steps == 0:
+            self._check_finite()
+        if _due(state.step, config.save_every_steps) or last:
+            self._save("step", _due(state.step, config.upload_every_steps))
+        elif _due(state.step, config.upload_every_steps):
+            self._save("step", True)
+        if new_epoch:
+            upload = _due(state.epoch, config.upload_every_epochs)
+            if upload or _due(state.epoch, config.save_every_epochs):
+                self._save("epoch", upload)
+        if _due(state.step, config.validate_every) or (last and config.validate_every):
+            self._validate()
+        if config.sample_prompts and (_due(state.step, config.sample_every)):
+            self._sample()
+
+    def _report(self, norm: Tensor) -> None:
+        """Log the mean losses since the last report; the one place that waits for the device."""
+        config, state = self.config, self.state
+        losses = self.engine.average(self._sums / max(1, self._steps))
+        total, main, lune, sol, norm_value = torch.cat(
+            [losses, norm.reshape(1).to(losses)]
+        ).tolist()
+        rate = self._samples / max(self._busy, 1e-9)
+        seconds_left = (config.total_steps - state.step) * self._busy / max(1, self._steps)
+        skipped, _ = self.engine.skips.read()
+        if self._log is not None:
+            self._log.write(
+                state.step,
+                {
+                    "loss": total,
+                    "loss_main": main,
+                    "loss_lune": lune,
+                    "loss_sol": sol,
+                    "lr": config.lr_at(state.step - 1),
+                    "grad_norm": norm_value,
+                    "samples_per_s": rate,
+                    "data_wait": self._wait / max(self._busy, 1e-9),
+                    "skipped_steps": skipped,
+                },
+            )
+            print(
+                f"step {state.step}/{config.total_steps}  loss {total:.4f}  "
+                f"velocity {main:.4f}  lune {lune:.4f}  sol {sol:.4f}  "
+                f"{rate:.1f} samples/s  {_duration(seconds_left)} left",
+                flush=True,
+            )
+        self._sums.zero_()
+        self._steps = self._samples = 0
+        self._wait = self._busy = 0.0
+
+    def _check_finite(self) -> None:
+        skipped, longest = self.engine.skips.read()
+        if longest >= self.config.max_nonfinite_steps:
+            raise TrainingError(
+                f"the gradient was not finite for {longest} steps in a row (until step "
+                f"{self.state.step}; {skipped} skipped in all): lower trainer.learning_rate, "
+                "or look for broken samples in the cache"
+            )
+
+    def _save(self, kind: str, upload: bool) -> None:
+        """Write a checkpoint, delete old ones, and upload if asked; all workers take part."""
+        optimizer = self.engine.optimizer_state()
+        if self.paths is None or self.ema is None or optimizer is None:
+            return
+        root = self.paths.checkpoints
+        if kind == "step":
+            path, keep = step_directory(root, self.state.step), self.config.keep_last_n_steps
+        else:
+            path, keep = epoch_directory(root, self.state.epoch), self.config.keep_last_n_epochs
+        state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
+        save_checkpoint(path, self.engine.model, self.ema, optimizer, state)
+        prune(root, kind, keep)
+        if upload and self._uploader is not None:
+            self._uploader.submit(path, path.name)
+
+    def _validate(self) -> None:
+        if self._log is None or self.held_out is None or not self.held_out.batches:
+            return
+        values = validate(
+            self.engine.model,
+            self.held_out,
+            self.config,
+            self.t_buckets,
+            self.ema,
+            velocity=self.engine.forward,
+        )
+        self._log.write(self.state.step, values)
+        print(
+            f"step {self.state.step}  held out: "
+            + "  ".join(
+                f"{name.removeprefix('val_')} {value:.4f}" for name, value in values.items()
+            ),
+            flush=True,
+        )
+
+    def _sample(self) -> None:
+        if self._log is None or self.paths is None or self.sampler is None:
+            return
+        config = self.config
+        images = self.sampler.generate(
+            config.sample_prompts,
+            num_steps=config.sample_steps,
+            guidance_scale=config.sample_guidance,
+            height=config.sample_height or self._grid[0],
+            width=config.sample_width or self._grid[1],
+            seed=config.sample_seed,
+            negative_prompt="",
+        )
+        path = self.sampler.save_samples(
+            images, config.sample_prompts, str(self.paths.samples), self.state.step
+        )
+        self._log.picture(self.state.step, "samples", image_grid(images))
+        print(f"step {self.state.step}  samples: {path}", flush=True)
+
+
+def _due(count: int, every: int | None) -> bool:
+    return every is not None and count > 0 and count % every == 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

@@ -1,0 +1,156 @@
+"""Loss functions.
+
+Every loss is a mean over the batch of per-sample losses. A sample that a mask leaves out counts as
+a loss of 0 and still as one of B: the gradient of a global batch is then the plain average over its
+micro-batches and workers, however the samples that count fall among them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyflux.errors import ConfigError, InputError
+
+LUNE_MODES = ("cosine", "mse", "huber")
+
+
+def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
+    """Huber loss of each element: quadratic up to ``delta``, linear with slope ``delta`` beyond.
+
+    Returns:
+        The shape of ``pred``: ``0.5 * q^2 + delta * (|d| - q)`` with ``q = min(|d|, delta)``.
+    """
+    distance = (pred - target).abs()
+    quadratic = distance.clamp(max=delta)
+    return 0.5 * quadratic.square() + delta * (distance - quadratic)
+
+
+def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Min-SNR weights ``min(snr, gamma) / snr`` with ``snr = (t / (1 - t))^2``.
+
+    Hang et al. 2023, arXiv:2303.09556, for flow matching.
+
+    Args:
+        t: ``[B]`` times, 0 is noise.
+
+    Returns:
+        ``[B]`` in (0, 1]: 1 for noisy samples, small near the data.
+    """
+    t = t.float()
+    snr = (t / (1 - t).clamp(min=1e-6)).square().clamp(min=1e-12)
+    return snr.clamp(max=gamma) / snr
+
+
+def compute_main_loss(
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    spatial_weights: Tensor | None = None,
+    use_huber: bool = True,
+    huber_delta: float = 0.1,
+    fg_weight: float = 2.0,
+    bg_weight: float = 0.5,
+    snr_weights: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Tensor:
+    """Velocity loss, a scalar in fp32.
+
+    Args:
+        pred, target: ``[B, N, C]``.
+        mask: ``[B, H, W]``, 1 where the foreground is: tokens weigh ``fg_weight`` there and
+            ``bg_weight`` elsewhere.
+        spatial_weights: ``[B, s, s]`` importance, resized to the grid and scaled to mean 1.
+        snr_weights: ``[B]`` factor of each sample.
+        grid: ``(h, w)`` of the tokens; left out it is the mask's, or square.
+    """
+    pred, target = pred.float(), target.float()
+    loss = huber_loss(pred, target, huber_delta) if use_huber else (pred - target).square()
+    loss = loss.mean(-1)  # [B, N]
+    if mask is not None or spatial_weights is not None:
+        height, width = _grid(loss.shape[1], grid, mask)
+        if spatial_weights is not None:
+            loss = loss * _token_weights(spatial_weights, height, width)
+        if mask is not None:
+            foreground = _resize(mask, height, width)
+            loss = loss * (bg_weight + (fg_weight - bg_weight) * foreground)
+    per_sample = loss.mean(-1)
+    if snr_weights is not None:
+        per_sample = per_sample * snr_weights
+    return per_sample.mean()
+
+
+def _grid(tokens: int, grid: tuple[int, int] | None, mask: Tensor | None) -> tuple[int, int]:
+    """The token grid ``(h, w)``."""
+    if grid is None and mask is not None and mask.shape[1] * mask.shape[2] == tokens:
+        grid = (mask.shape[1], mask.shape[2])
+    if grid is None:
+        side = round(tokens**0.5)
+        grid = (side, side)
+    if grid[0] * grid[1] != tokens:
+        raise InputError(
+            f"{tokens} tokens do not fill a {grid[0]} x {grid[1]} grid: pass grid=(h, w)"
+        )
+    return grid
+
+
+def _resize(maps: Tensor, height: int, width: int) -> Tensor:
+    """``[B, s, s]`` to ``[B, height * width]``, bilinear."""
+    maps = maps.float()
+    if maps.shape[1:] != (height, width):
+        maps = F.interpolate(maps[:, None], (height, width), mode="bilinear")[:, 0]
+    return maps.flatten(1)
+
+
+def _token_weights(spatial: Tensor, height: int, width: int) -> Tensor:
+    """Importance maps as weights ``[B, N]`` of mean 1; a map of zeros weighs evenly."""
+    weights = _resize(spatial, height, width)
+    mean = weights.mean(-1, keepdim=True)
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-12), torch.ones_like(weights))
+
+
+def compute_lune_loss(
+    pred: Tensor, target: Tensor, mode: str = "cosine", mask: Tensor | None = None
+) -> Tensor:
+    """Distance of predicted to teacher's pooled features, a scalar in fp32.
+
+    Args:
+        pred, target: ``[B, D]``.
+        mode: ``"cosine"`` (1 - cosine similarity), ``"mse"`` or ``"huber"`` (delta 0.1).
+        mask: ``[B]`` bool, the samples that have a teacher's feature.
+    """
+    pred, target = pred.float(), target.float()
+    if mode == "cosine":
+        per_sample = 1 - F.cosine_similarity(pred, target, dim=-1)
+    elif mode == "mse":
+        per_sample = (pred - target).square().mean(-1)
+    elif mode == "huber":
+        per_sample = huber_loss(pred, target).mean(-1)
+    else:
+        raise ConfigError(f"unknown Lune loss '{mode}': choose one of {', '.join(LUNE_MODES)}")
+    return _masked_mean(per_sample, mask)
+
+
+def compute_sol_loss(
+    pred_stats: Tensor,
+    pred_spatial: Tensor,
+    target_stats: Tensor,
+    target_spatial: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error of the statistics plus that of the map, a scalar in fp32.
+
+    Args:
+        pred_stats, target_stats: ``[B, S]``.
+        pred_spatial, target_spatial: ``[B, s, s]``.
+        mask: ``[B]`` bool, the samples that have a teacher's feature.
+    """
+    stats = (pred_stats.float() - target_stats.float()).square().mean(-1)
+    spatial = (pred_spatial.float() - target_spatial.float()).square().mean((-2, -1))
+    return _masked_mean(stats + spatial, mask)
+
+
+def _masked_mean(per_sample: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over all B samples, those outside the mask counting as 0."""
+    if mask is not None:
+        per_sample = torch.where(mask, per_sample, 0.0)
+    return per_sample.mean()

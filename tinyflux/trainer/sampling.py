@@ -1,0 +1,277 @@
+"""From noise to pictures: Euler steps of the probability flow, with guidance.
+
+The pure functions on top are the sampler's whole algorithm; :class:`Sampler` joins them with the
+encoders, the VAE and the seeds.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tinyflux.errors import InputError
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.schedules import flux_shift
+from tinyflux.trainer.step import latents_of, tokens
+from tinyflux.util.files import atomic_write
+from tinyflux.util.seeding import randn_for
+
+MAX_STEPS = 1000
+MAX_SIDE = 1024  # latent units
+MAX_SEED = 2**63 - 1
+
+
+class Encoders(Protocol):
+    """What the sampler needs of a ModelZoo."""
+
+    def encode_prompts_batched(self, prompts: list[str], *args: Any, **kwargs: Any) -> Any: ...
+
+    def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor: ...
+
+
+@dataclass
+class TextCondition:
+    """Text embeddings: ``t5`` ``[B, L, D]`` and ``pooled`` ``[B, P]``."""
+
+    t5: Tensor
+    pooled: Tensor
+
+
+def sample_grid(num_steps: int, shift: float) -> Tensor:
+    """Times ``[num_steps + 1]`` from 0 (noise) to 1 (data), shifted."""
+    return flux_shift(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64), shift).float()
+
+
+def guided_velocity(
+    model: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    cond: TextCondition,
+    uncond: TextCondition | None,
+    guidance: Tensor | float,
+) -> Tensor:
+    """Velocity under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+    ``v_uncond + guidance * (v_cond - v_uncond)``, both from one batched forward.
+
+    Args:
+        x: ``[B, C, H, W]`` latents at times ``t`` ``[B]``.
+        uncond: the negative prompt's embeddings, or None for plain ``v_cond``.
+        guidance: one factor, or ``[B]``.
+
+    Returns:
+        ``[B, C, H, W]`` in fp32.
+    """
+    height, width = x.shape[-2:]
+    t5, pooled = cond.t5, cond.pooled
+    inputs, times = tokens(x), t
+    if uncond is not None:
+        inputs, times = torch.cat([inputs, inputs]), torch.cat([t, t])
+        t5, pooled = torch.cat([t5, uncond.t5]), torch.cat([pooled, uncond.pooled])
+    img_ids = TinyFluxDeep.create_img_ids(inputs.shape[0], height, width, device=x.device)
+    v = model(inputs, t5, pooled, times, img_ids, grid=(height, width)).float()
+    if uncond is not None:
+        v_cond, v_uncond = v.chunk(2)
+        scale = torch.as_tensor(guidance, dtype=v.dtype, device=v.device).reshape(-1, 1, 1)
+        v = v_uncond + scale * (v_cond - v_uncond)
+    return latents_of(v, height, width)
+
+
+def euler_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """``x + (t_next - t) * v`` for ``[B, ...]`` states and ``[B]`` times."""
+    return x + (t_next - t).reshape(-1, *(1,) * (x.ndim - 1)) * v
+
+
+def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
+    """``[len(seeds), C, H, W]``, each from its own seed on the CPU."""
+    return torch.stack([randn_for((channels, height, width), "sample", seed) for seed in seeds])
+
+
+def check_request(
+    height: int, width: int, num_steps: int, guidance_scale: float, seeds: Sequence[int] = ()
+) -> None:
+    """Refuse what cannot be sampled with an :class:`InputError` that says why."""
+    for name, value, limit in (
+        ("height", height, MAX_SIDE),
+        ("width", width, MAX_SIDE),
+        ("num_steps", num_steps, MAX_STEPS),
+    ):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= limit:
+            raise InputError(f"{name} must be a whole number from 1 to {limit}, not {value!r}")
+    if not 0 <= guidance_scale <= 100:
+        raise InputError(f"guidance_scale must be from 0 to 100, not {guidance_scale!r}")
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise InputError(f"a seed must be from 0 to {MAX_SEED}, not {seed!r}")
+
+
+class Sampler:
+    """Pictures from prompts.
+
+    Args:
+        zoo: encodes the prompts and decodes the latents.
+        model: the student; moved to ``device``.
+        ema: weights to use instead of the model's own.
+        dtype: the forward's precision; fp32 weights run under autocast to it.
+    """
+
+    def __init__(
+        self,
+        zoo: Encoders,
+        model: TinyFluxDeep,
+        ema: EMA | None = None,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.zoo, self.model, self.ema = zoo, model, ema
+        self.device, self.dtype = torch.device(device), dtype
+        model.to(self.device)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: list[str],
+        num_steps: int = 28,
+        guidance_scale: float = 5.0,
+        height: int = 64,
+        width: int = 64,
+        seed: int | Sequence[int] | None = None,
+        use_ema: bool = True,
+        negative_prompt: str = "blurry, low quality",
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [0, 1], fp32.
+
+        Args:
+            height, width: in latents; a picture is the VAE's downscale (8) times larger.
+            seed: sample ``i`` uses ``seed + i``, or the i-th of a list; None draws one. A picture
+                depends on its own seed, prompt and settings only.
+            negative_prompt: what to steer away from; empty is the null caption. Unused at a
+                ``guidance_scale`` of 1.
+            callback: called as ``callback(step, num_steps, latents)`` after each step.
+
+        Raises:
+            InputError: an empty prompt, or sizes, steps, guidance or seeds out of range.
+        """
+        if isinstance(prompts, str):
+            raise InputError("prompts must be a list of texts, not one text")
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"prompt {index} is empty: say what the picture should show")
+        if not prompts:
+            raise InputError("there are no prompts")
+        seeds = _seeds(seed, len(prompts))
+        check_request(height, width, num_steps, guidance_scale, seeds)
+
+        cond = self._encode(prompts)
+        uncond = None
+        if guidance_scale != 1.0:
+            null = self._encode([negative_prompt])
+            uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
+        config = self.model.config
+        x = initial_noise(seeds, config.in_channels, height, width).to(self.device)
+        times = sample_grid(num_steps, config.timestep_shift).to(self.device)
+        with self._inference_weights(use_ema):
+            for step in range(num_steps):
+                t, t_next = times[step].expand(len(prompts)), times[step + 1]
+                v = guided_velocity(self._forward, x, t, cond, uncond, guidance_scale)
+                x = euler_step(x, v, t, t_next.expand_as(t))
+                if callback is not None:
+                    callback(step + 1, num_steps, x)
+        return self.zoo.decode_latents(x, shift=config.latent_shift).float().clamp(0, 1)
+
+    def save_samples(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        output_dir: str,
+        step: int | None = None,
+    ) -> str:
+        """Write a PNG grid of ``images`` ``[B, 3, H, W]`` and a JSON of its prompts.
+
+        Returns:
+            The path of the PNG, ``samples.png`` or ``step_00001000.png``.
+        """
+        if images.shape[0] != len(prompts):
+            raise InputError(f"{images.shape[0]} images do not fit {len(prompts)} prompts")
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / ("samples.png" if step is None else f"step_{step:08d}.png")
+        grid = image_grid(images)
+        png = io.BytesIO()
+        grid.save(png, format="PNG")
+        columns = grid_columns(len(prompts))
+        record = {"step": step, "columns": columns, "prompts": list(prompts)}
+        atomic_write(path.with_suffix(".json"), json.dumps(record, indent=2).encode())
+        atomic_write(path, png.getvalue())
+        return str(path)
+
+    def _encode(self, prompts: list[str]) -> TextCondition:
+        empty = not prompts[0].strip()
+        t5, pooled = self.zoo.encode_prompts_batched(prompts, allow_empty=empty)
+        dtype = next(self.model.parameters()).dtype
+        return TextCondition(t5.to(self.device, dtype), pooled.to(self.device, dtype))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        weights = next(self.model.parameters()).dtype
+        mixed = weights == torch.float32 and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _inference_weights(self, use_ema: bool) -> Iterator[None]:
+        """Evaluation mode with the EMA's weights; both are undone whatever happens."""
+        training = self.model.training
+        ema = self.ema if use_ema else None
+        self.model.eval()
+        try:
+            if ema is not None:
+                ema.apply_shadow(self.model)
+            try:
+                yield
+            finally:
+                if ema is not None:
+                    ema.restore(self.model)
+        finally:
+            self.model.train(training)
+
+
+def grid_columns(count: int) -> int:
+    """Columns of a grid of ``count`` pictures, as square as can be."""
+    return ceil(sqrt(count))
+
+
+def image_grid(images: Tensor, padding: int = 2) -> Image.Image:
+    """Pictures ``[B, 3, H, W]`` in [0, 1] on one white sheet."""
+    count, _, height, width = images.shape
+    columns = grid_columns(count)
+    rows = ceil(count / columns)
+    size = (columns * (width + padding) + padding, rows * (height + padding) + padding)
+    sheet = Image.new("RGB", size, "white")
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    for index, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(index, columns)
+        place = (padding + column * (width + padding), padding + row * (height + padding))
+        sheet.paste(Image.fromarray(picture), place)
+    return sheet
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed per sample."""
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if isinstance(seed, int):
+        return [seed + index for index in range(count)]
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds do not fit {count} prompts")
+    return [int(item) for item in seed]

@@ -1,0 +1,336 @@
+"""The one training step: a batch and a model in, losses out.
+
+Every random number of a sample comes from (seed, its global position in the run). The same global
+batch is therefore trained in the same way on any number of workers and micro-batches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tinyflux.errors import InputError
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.dropout import SampleDropout
+from tinyflux.trainer.losses import (
+    compute_lune_loss,
+    compute_main_loss,
+    compute_sol_loss,
+    min_snr_weight,
+)
+from tinyflux.trainer.schedules import get_lune_weight, get_sol_weight, timesteps_from_normal
+from tinyflux.util.buckets import interpolate_buckets
+from tinyflux.util.predictions import flow_velocity, flow_x_t
+from tinyflux.util.seeding import generator, randn_for
+
+
+class Velocity(Protocol):
+    """A :class:`TinyFluxDeep`, or an engine's wrapped and autocast call of one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class TrainBatch:
+    """Samples of one micro-batch. K is the number of teacher buckets.
+
+    Attributes:
+        latents: ``[B, C, H, W]``.
+        t5_embeds: ``[B, L, D]``.
+        clip_pooled: ``[B, P]``.
+        positions: ``[B]`` int64, each sample's place in the run's stream of samples.
+        lune: ``[B, K, D]`` teacher features by bucket, or None.
+        sol_stats: ``[B, K, 4]``, or None; ``sol_spatial``: ``[B, K, s, s]``, or None.
+        lune_mask, sol_mask: ``[B]`` bool, which samples have the teacher's features.
+        mask: ``[B, H, W]`` foreground, or None.
+    """
+
+    latents: Tensor
+    t5_embeds: Tensor
+    clip_pooled: Tensor
+    positions: Tensor
+    lune: Tensor | None = None
+    sol_stats: Tensor | None = None
+    sol_spatial: Tensor | None = None
+    lune_mask: Tensor | None = None
+    sol_mask: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        size = self.latents.shape[0]
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None and tensor.shape[0] != size:
+                raise InputError(
+                    f"a batch's {field.name} has {tensor.shape[0]} samples, its latents {size}"
+                )
+        if self.lune is not None and self.lune_mask is None:
+            self.lune_mask = torch.ones(size, dtype=torch.bool)
+        if self.sol_stats is not None and self.sol_mask is None:
+            self.sol_mask = torch.ones(size, dtype=torch.bool)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Tensor | None], positions: Tensor) -> "TrainBatch":
+        """From what a cache reads or a DataLoader collates; other keys are ignored.
+
+        Raises:
+            InputError: latents, t5_embeds or clip_pooled are missing.
+        """
+        for name in ("latents", "t5_embeds", "clip_pooled"):
+            if data.get(name) is None:
+                raise InputError(
+                    f"a batch has no '{name}' (it has {', '.join(map(str, data)) or 'nothing'}): "
+                    "the dataset's items must be dictionaries like EncodingCache's"
+                )
+        names = {field.name for field in fields(cls)} - {"positions"}
+        return cls(positions=positions, **{k: v for k, v in data.items() if k in names})  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(H, W)`` of the latents."""
+        return self.latents.shape[2], self.latents.shape[3]
+
+    def to(self, device: torch.device | str) -> "TrainBatch":
+        """The batch with every tensor but ``positions`` on ``device``."""
+        moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, tensor in moved.items():
+            if tensor is not None and name != "positions":
+                moved[name] = tensor.to(device, non_blocking=True)
+        return TrainBatch(**moved)
+
+    def __getitem__(self, rows: slice) -> "TrainBatch":
+        """A part of the batch."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainBatch(**{k: None if v is None else v[rows] for k, v in parts.items()})  # type: ignore[arg-type]
+
+
+@dataclass
+class StepLoss:
+    """Losses of a micro-batch, fp32 scalars. Only ``total`` carries a gradient.
+
+    Attributes:
+        total: what is minimised: ``main`` plus the weighted ``lune`` and ``sol``.
+        main: velocity. lune, sol: unweighted distillation, 0 where off.
+    """
+
+    total: Tensor
+    main: Tensor
+    lune: Tensor
+    sol: Tensor
+
+    def stack(self) -> Tensor:
+        """``[4]``, detached: total, main, lune, sol."""
+        return torch.stack([self.total.detach(), self.main, self.lune, self.sol])
+
+
+@dataclass
+class Draws:
+    """All random numbers of a batch, by position.
+
+    Attributes:
+        normal: ``[B]`` standard normal, for the time.
+        noise: ``[B, C, H, W]`` standard normal.
+        text, lune, sol: ``[B]`` uniform, for the dropout of captions and teachers.
+        dropout: ``[B]`` int64 seeds of the model's dropout layers.
+    """
+
+    normal: Tensor
+    noise: Tensor
+    text: Tensor
+    lune: Tensor
+    sol: Tensor
+    dropout: Tensor
+
+    @classmethod
+    def at(cls, seed: int, positions: Tensor, shape: tuple[int, ...]) -> "Draws":
+        """Draws for samples at ``positions``, whose latents have ``shape`` ``(C, H, W)``.
+
+        A sample's numbers always come in the same order, whatever options are on.
+        """
+        places = positions.tolist()
+        normal = torch.empty(len(places))
+        uniform = torch.empty(len(places), 3)
+        dropout = torch.empty(len(places), dtype=torch.int64)
+        for row, place in enumerate(places):
+            source = generator(seed, "draws", place)
+            normal[row] = torch.randn((), generator=source)
+            uniform[row] = torch.rand(3, generator=source)
+            dropout[row] = torch.randint(2**31, (), generator=source)
+        noise = torch.stack([randn_for(shape, seed, "noise", place) for place in places])
+        text, lune, sol = uniform.unbind(-1)
+        return cls(normal, noise, text, lune, sol, dropout)
+
+
+def training_loss(
+    model: TinyFluxDeep,
+    batch: TrainBatch,
+    config: TrainerConfig,
+    step: int,
+    null_text: tuple[Tensor, Tensor] | None,
+    t_buckets: Tensor,
+    velocity: Velocity | None = None,
+) -> StepLoss:
+    """Losses of one micro-batch at optimizer step ``step``.
+
+    Args:
+        model: the bare model, in training mode.
+        null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, which stand in
+            for dropped captions; None means zeros.
+        t_buckets: ``[K]`` times of the batch's teacher features.
+        velocity: how to call the model, if not directly (an engine's forward).
+    """
+    device = batch.latents.device
+    draws = Draws.at(config.seed, batch.positions, tuple(batch.latents.shape[1:]))
+    t = timesteps_from_normal(
+        draws.normal,
+        shift=config.shift,
+        logit_normal=config.logit_normal_sampling,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+    ).to(device)
+    data, noise = batch.latents.float(), draws.noise.to(device)
+    t5, pooled = _drop_text(batch, (draws.text < config.text_dropout).to(device), null_text)
+    teachers = teacher_features(batch, model.config, config, t, t_buckets)
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            module.seeds = draws.dropout.to(device)
+
+    grid = batch.grid
+    pred, experts = (velocity or model)(
+        tokens(flow_x_t(data, noise, t)),
+        t5,
+        pooled,
+        t,
+        TinyFluxDeep.create_img_ids(len(batch), *grid, device=device),
+        **teachers.seen(
+            (draws.lune >= config.lune_dropout).to(device),
+            (draws.sol >= config.sol_dropout).to(device),
+        ),
+        return_expert_pred=True,
+        grid=grid,
+    )
+    main = compute_main_loss(
+        pred,
+        tokens(flow_velocity(data, noise)),
+        mask=batch.mask,
+        spatial_weights=teachers.importance() if config.use_spatial_weighting else None,
+        use_huber=config.use_huber_loss,
+        huber_delta=config.huber_delta,
+        snr_weights=min_snr_weight(t, config.snr_gamma) if config.use_snr_weighting else None,
+        grid=grid,
+    )
+    lune, sol = distillation_losses(experts, teachers, config)
+    total = (
+        main
+        + get_lune_weight(step, config.lune_warmup_steps, config.lune_weight) * lune
+        + get_sol_weight(step, config.sol_warmup_steps, config.sol_weight) * sol
+    )
+    return StepLoss(total, main.detach(), lune.detach(), sol.detach())
+
+
+@dataclass
+class Teachers:
+    """Teacher features of a batch at its times; None where a teacher is off or absent.
+
+    Attributes:
+        lune: ``[B, D]`` and ``lune_mask`` ``[B]`` bool, the samples that have it.
+        sol_stats: ``[B, S]``, sol_spatial: ``[B, s, s]`` and ``sol_mask`` ``[B]`` bool.
+    """
+
+    lune: Tensor | None = None
+    lune_mask: Tensor | None = None
+    sol_stats: Tensor | None = None
+    sol_spatial: Tensor | None = None
+    sol_mask: Tensor | None = None
+
+    def seen(self, keep_lune: Tensor, keep_sol: Tensor) -> dict[str, Tensor | None]:
+        """The model's keyword arguments when only samples ``[B]`` of ``keep_*`` see a teacher."""
+        return {
+            "lune_features": self.lune,
+            "lune_mask": None if self.lune_mask is None else self.lune_mask & keep_lune,
+            "sol_stats": self.sol_stats,
+            "sol_spatial": self.sol_spatial,
+            "sol_mask": None if self.sol_mask is None else self.sol_mask & keep_sol,
+        }
+
+    def importance(self) -> Tensor | None:
+        """Sol's maps ``[B, s, s]``, even for samples without one."""
+        if self.sol_spatial is None or self.sol_mask is None:
+            return None
+        return torch.where(self.sol_mask[:, None, None], self.sol_spatial, 1.0)
+
+
+def teacher_features(
+    batch: TrainBatch, model: TinyFluxConfig, config: TrainerConfig, t: Tensor, t_buckets: Tensor
+) -> Teachers:
+    """What the enabled teachers say about the batch at times ``t`` ``[B]``."""
+    teachers = Teachers()
+    if batch.lune is not None and config.enable_lune and model.use_lune_expert:
+        teachers.lune = interpolate_buckets(batch.lune.float(), t_buckets, t)
+        teachers.lune_mask = batch.lune_mask
+    has_sol = batch.sol_stats is not None and batch.sol_spatial is not None
+    if has_sol and config.enable_sol and model.use_sol_prior:
+        stats = interpolate_buckets(batch.sol_stats.float(), t_buckets, t)  # type: ignore[union-attr]
+        teachers.sol_stats = stats[:, : model.sol_num_stats]
+        teachers.sol_spatial = interpolate_buckets(batch.sol_spatial.float(), t_buckets, t)  # type: ignore[union-attr]
+        teachers.sol_mask = batch.sol_mask
+    return teachers
+
+
+def distillation_losses(
+    experts: dict[str, Tensor], teachers: Teachers, config: TrainerConfig
+) -> tuple[Tensor, Tensor]:
+    """Unweighted Lune and Sol losses, each a scalar, 0 without its teacher."""
+    zero = torch.zeros((), device=next(iter(experts.values())).device if experts else None)
+    lune = sol = zero
+    if teachers.lune is not None:
+        lune = compute_lune_loss(
+            experts["lune_pred"], teachers.lune, config.lune_mode, teachers.lune_mask
+        )
+    if teachers.sol_stats is not None and teachers.sol_spatial is not None:
+        sol = compute_sol_loss(
+            experts["sol_stats_pred"],
+            experts["sol_spatial_pred"],
+            teachers.sol_stats,
+            teachers.sol_spatial,
+            teachers.sol_mask,
+        )
+    return lune, sol
+
+
+def tokens(latents: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, H * W, C]``, row by row."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def latents_of(image_tokens: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of :func:`tokens`."""
+    return image_tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _drop_text(
+    batch: TrainBatch, drop: Tensor, null_text: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Text embeddings with those of samples ``drop`` ``[B]`` replaced by the null caption's."""
+    t5, pooled = batch.t5_embeds.float(), batch.clip_pooled.float()
+    null_t5, null_pooled = null_text or (t5.new_zeros(()), pooled.new_zeros(()))
+    return (
+        torch.where(drop[:, None, None], null_t5.to(t5), t5),
+        torch.where(drop[:, None], null_pooled.to(pooled), pooled),
+    )
+
+
+def as_module(model: nn.Module) -> TinyFluxDeep:
+    """The bare student inside a compiled or wrapped one."""
+    while not isinstance(model, TinyFluxDeep):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            raise InputError(f"a TinyFluxDeep is needed, not a {type(model).__name__}")
+        model = inner
+    return model

@@ -1,0 +1,204 @@
+"""Training in one process, from any DataLoader."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from tinyflux.errors import InputError, TrainingError
+from tinyflux.trainer.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import TorchEngine
+from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
+from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.step import TrainBatch, as_module
+from tinyflux.trainer.validation import HeldOut
+from tinyflux.util.buckets import default_buckets
+from tinyflux.util.config import to_dict
+from tinyflux.util.seeding import generator
+
+__all__ = ["FeatureSource", "Trainer", "TrainerConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureSource(Protocol):
+    """What the trainer needs of a MultiSourceCache."""
+
+    def gather(self, local_indices: Tensor, dataset_ids: Tensor) -> dict[str, Tensor | None]:
+        """Teacher features by bucket of samples ``[B]`` of datasets ``[B]``.
+
+        Keys as in :class:`TrainBatch`: ``lune``, ``sol_stats``, ``sol_spatial`` and their masks.
+        """
+
+
+class Trainer:
+    """Trains a student with plain torch.
+
+    Each batch of the DataLoader is a micro-batch; ``gradient_accumulation`` of them make an
+    optimizer step, and fewer at the end of a pass. The model stays on its device and is kept in
+    fp32.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainerConfig):
+        self.model, self.config = as_module(model), config
+        self._engine = TorchEngine(self.model, config)
+        self._ema = EMA(self.model, config.ema_decay)
+        self._state = TrainerState(seed=config.seed)
+        self._dataloader: DataLoader[Any] | None = None
+        self._cache: FeatureSource | None = None
+        self._loop: TrainLoop | None = None
+
+    @property
+    def ema(self) -> EMA:
+        """The moving average of the weights."""
+        return self._ema
+
+    @property
+    def current_step(self) -> int:
+        """Optimizer steps done."""
+        return self._state.step
+
+    def setup(
+        self,
+        dataloader: DataLoader[Any],
+        cache: FeatureSource | None = None,
+        sampler: Sampler | None = None,
+        null_text: tuple[Tensor, Tensor] | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        """Say what to train on.
+
+        Args:
+            dataloader: gives dictionaries with ``latents`` ``[B, C, H, W]``, ``t5_embeds``
+                ``[B, L, D]``, ``clip_pooled`` ``[B, P]`` and, optional, ``mask`` ``[B, H, W]``,
+                ``index`` and ``dataset_id`` ``[B]`` (needed with ``cache``).
+            cache: teacher features by (index, dataset_id).
+            sampler: draws ``config.sample_prompts``.
+            null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption; left out,
+                the cache's or the sampler's zoo's, else zeros.
+            held_out: samples to validate on.
+        """
+        if null_text is None:
+            null_text = getattr(cache, "null_text", None)
+        if null_text is None and sampler is not None and self.config.text_dropout > 0:
+            t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
+            null_text = (t5[0], pooled[0])
+        self._dataloader, self._cache = dataloader, cache
+        t_buckets = getattr(cache, "t_buckets", None)
+        config = self.config
+        self._loop = TrainLoop(
+            self._engine,
+            config,
+            self._state,
+            self._ema,
+            RunPaths(
+                checkpoints=Path(config.checkpoint_dir),
+                samples=Path(config.sample_dir),
+                tensorboard=Path(config.tensorboard_dir),
+                metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
+            ),
+            null_text,
+            default_buckets() if t_buckets is None else t_buckets,
+            held_out,
+            sampler,
+        )
+
+    def train(self, epochs: int = 1) -> None:
+        """Train for ``epochs`` more passes, or until ``config.total_steps``.
+
+        After :meth:`load_checkpoint` in the middle of a pass, its rest counts as one.
+
+        Raises:
+            TrainingError: :meth:`setup` was not called, or gradients stayed non-finite.
+        """
+        if self._loop is None:
+            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+        data = prefetch(self._steps(epochs))
+        try:
+            self._loop.run(data)
+        finally:
+            data.close()  # type: ignore[attr-defined]
+
+    def save_checkpoint(self, path: str) -> None:
+        """Write a checkpoint directory; see ``tinyflux.trainer.checkpoint``."""
+        state = replace(self._state, seed=self.config.seed, trainer=to_dict(self.config))
+        save_checkpoint(path, self.model, self._ema, self._engine.optimizer_state() or {}, state)
+
+    def load_checkpoint(self, path: str) -> None:
+        """Continue from a checkpoint directory, of this class or of a Ray run.
+
+        Raises:
+            CheckpointError: it is missing, damaged or made for another model; nothing has changed
+                then.
+        """
+        checkpoint = load_checkpoint(path)
+        ema = checkpoint.load_ema(self.model)
+        checkpoint.load_model(self.model)
+        self._ema.load_state_dict({**ema.state_dict(), "decay": self.config.ema_decay})
+        self._engine.load_optimizer_state(checkpoint.optimizer)
+        if checkpoint.state.seed != self.config.seed:
+            logger.warning(
+                "checkpoint %s was trained with seed %d, this run has seed %d: the order of "
+                "samples will differ", path, checkpoint.state.seed, self.config.seed,
+            )  # fmt: skip
+        for name, value in vars(checkpoint.state).items():
+            setattr(self._state, name, value)
+
+    def _steps(self, epochs: int) -> Iterator[StepData]:
+        """The data of each optimizer step from where the run stands."""
+        seen, skip = self._state.samples_seen, self._state.epoch_batches
+        first = self._state.epoch
+        for epoch in range(first, first + epochs):
+            group: list[TrainBatch] = []
+            batches = _with_last(self._epoch(epoch))
+            for count, (raw, last) in enumerate(batches, start=1):
+                if count <= skip:
+                    continue
+                size = len(raw["latents"]) if "latents" in raw else 0
+                group.append(self._batch(raw, torch.arange(seen, seen + size)))
+                seen += size
+                if last or len(group) == self.config.gradient_accumulation:
+                    yield StepData(group, seen, epoch + last, 0 if last else count)
+                    group = []
+            skip = 0
+
+    def _epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """One pass over the DataLoader, its shuffle depending on (seed, epoch) alone."""
+        loader = self._dataloader
+        if loader is None:
+            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+        if isinstance(loader.sampler, RandomSampler):
+            loader.sampler.generator = generator(self.config.seed, "order", epoch)
+        elif hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        return iter(loader)
+
+    def _batch(self, raw: dict[str, Any], positions: Tensor) -> TrainBatch:
+        """What the DataLoader gave, with its teacher features."""
+        if self._cache is not None:
+            if "index" not in raw:
+                raise InputError(
+                    "a batch has no 'index' to find its teacher features by: the dataset's items "
+                    "must hold one, like EncodingCache's"
+                )
+            index = torch.as_tensor(raw["index"])
+            dataset_id = torch.as_tensor(raw.get("dataset_id", torch.zeros_like(index)))
+            raw = {**raw, **self._cache.gather(index, dataset_id)}
+        return TrainBatch.from_dict(raw, positions)
+
+
+def _with_last(items: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Each item and whether it is the last."""
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following is None
+        item = following

@@ -1,0 +1,113 @@
+"""A loss that can be compared between runs: fixed samples, times and noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.losses import compute_main_loss
+from tinyflux.trainer.step import (
+    TrainBatch,
+    Velocity,
+    distillation_losses,
+    teacher_features,
+    tokens,
+)
+from tinyflux.util.predictions import flow_velocity, flow_x_t
+from tinyflux.util.seeding import randn_for
+
+TIMES = tuple((index + 0.5) / 8 for index in range(8))
+
+
+@dataclass
+class HeldOut:
+    """Held-out samples: batches, and the key of each of their samples, in order."""
+
+    batches: Sequence[TrainBatch]
+    keys: Sequence[Sequence[str]]
+
+
+@torch.no_grad()
+def validate(
+    model: TinyFluxDeep,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    t_buckets: Tensor,
+    ema: EMA | None = None,
+    velocity: Velocity | None = None,
+) -> dict[str, float]:
+    """Mean losses over the held-out samples at 8 fixed times.
+
+    The velocity's is the plain mean squared error, whatever loss is trained. As in use, the student
+    sees no teacher. The noise comes from (key, time) alone, so a figure does not depend on the
+    run's seed, batches or workers, and validation changes nothing in training.
+
+    Returns:
+        ``val_velocity``, and ``val_lune`` and ``val_sol`` where there are teachers; with ``ema``
+        also each with ``_ema`` behind.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        result = _losses(model, held_out, config, t_buckets, velocity or model, device)
+        if ema is not None:
+            ema.apply_shadow(model)
+            try:
+                averaged = _losses(model, held_out, config, t_buckets, velocity or model, device)
+            finally:
+                ema.restore(model)
+            result.update({f"{name}_ema": value for name, value in averaged.items()})
+    finally:
+        model.train(training)
+    return result
+
+
+def _losses(
+    model: TinyFluxDeep,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    t_buckets: Tensor,
+    velocity: Velocity,
+    device: torch.device,
+) -> dict[str, float]:
+    sums = torch.zeros(3, device=device)
+    count = 0
+    has_lune = has_sol = False
+    for stored, keys in zip(held_out.batches, held_out.keys, strict=True):
+        batch = stored.to(device)
+        data = batch.latents.float()
+        grid = batch.grid
+        img_ids = TinyFluxDeep.create_img_ids(len(batch), *grid, device=device)
+        for index, time in enumerate(TIMES):
+            noise = torch.stack(
+                [randn_for(data.shape[1:], "validation", key, index) for key in keys]
+            ).to(device)
+            t = torch.full((len(batch),), time, device=device)
+            teachers = teacher_features(batch, model.config, config, t, t_buckets)
+            pred, experts = velocity(
+                tokens(flow_x_t(data, noise, t)),
+                batch.t5_embeds.float(),
+                batch.clip_pooled.float(),
+                t,
+                img_ids,
+                return_expert_pred=True,
+                grid=grid,
+            )
+            main = compute_main_loss(pred, tokens(flow_velocity(data, noise)), use_huber=False)
+            lune, sol = distillation_losses(experts, teachers, config)
+            has_lune |= teachers.lune is not None
+            has_sol |= teachers.sol_stats is not None
+            sums += torch.stack([main, lune, sol]) * len(batch)
+            count += len(batch)
+    main_mean, lune_mean, sol_mean = (sums / max(1, count)).tolist()
+    result = {"val_velocity": main_mean}
+    if has_lune:
+        result["val_lune"] = lune_mean
+    if has_sol:
+        result["val_sol"] = sol_mean
+    return result
