@@ -49,7 +49,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         # fp32 until here: neighbouring times are the same number in bf16.
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
 
 
 class RotaryEmbedding(nn.Module):

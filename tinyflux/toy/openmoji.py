@@ -23,8 +23,8 @@ ATTRIBUTION = (
 
 # The demo's subset: things whose name says what they look like, few enough for a toy to learn.
 _FOOD_AND_PLANTS = ((0x1F330, 0x1F37F), (0x1F950, 0x1F96F))
-_COLOURS = ("red", "orange", "yellow", "green", "blue", "light", "purple", "brown", "pink")
-_COLOURS += ("black", "white", "grey")
+_COLOURS = {"red", "orange", "yellow", "green", "blue", "light", "purple", "brown", "pink"}
+_COLOURS |= {"black", "white", "grey"}
 _SHAPES = ("heart", "circle", "square")
 _SIZES = {"small", "medium", "medium-small", "large"}
 
@@ -80,8 +80,8 @@ def list_emoji() -> list[Emoji]:
 
 def in_demo(emoji: Emoji) -> bool:
     """Whether the demo trains on it: food, plants, and hearts, circles and squares by colour."""
-    first, *others = emoji.text.rstrip(_VARIATION_SELECTOR)
-    if not others and any(low <= ord(first) <= high for low, high in _FOOD_AND_PLANTS):
+    text = emoji.text.rstrip(_VARIATION_SELECTOR)
+    if len(text) == 1 and any(low <= ord(text) <= high for low, high in _FOOD_AND_PLANTS):
         return True
     words = emoji.caption.split()
     return words[0] in _COLOURS and words[-1] in _SHAPES and not _SIZES & set(words)

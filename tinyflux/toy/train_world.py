@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int) -> di
         lr=1.2e-3,
         figure=lambda: f"PSNR {psnr(vae, pictures[::8]):.2f} dB",
     )
-    vae.eval().half().float()  # what is stored is what the teachers are trained on
+    # What is stored is what the teachers are trained on.
+    vae.eval().half().float().to(memory_format=torch.contiguous_format)
     latents = encode(vae, pictures)
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4),
@@ -187,9 +189,9 @@ def main() -> None:
         build_untrained(out, captions, arguments.seed, WorldSizes())
         record = {"seed": arguments.seed, "pictures": len(emoji), "picture_size": PICTURE_SIZE}
 
-    def finish(stage: str, figures: dict[str, float], *models: tuple[nn.Module, str]) -> None:
+    def finish(stage: str, figures: dict[str, float], *models: tuple[Any, str]) -> None:
         for model, folder in models:
-            model.to(memory_format=torch.contiguous_format).half().save_pretrained(out / folder)
+            model.half().save_pretrained(out / folder)
             model.float()
         record[stage] = figures
         atomic_write(record_path, (json.dumps(record, indent=2) + "\n").encode())
