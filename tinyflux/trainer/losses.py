@@ -118,7 +118,8 @@ def compute_lune_loss(
         mode: ``"cosine"`` (1 - cosine similarity), ``"mse"`` or ``"huber"`` (delta 0.1).
         mask: ``[B]`` bool, the samples that have a teacher's feature.
     """
-    pred, target = pred.float(), target.float()
+    pred = pred.float()
+    target = _present(target.float(), pred, mask)
     if mode == "cosine":
         per_sample = 1 - F.cosine_similarity(pred, target, dim=-1)
     elif mode == "mse":
@@ -144,9 +145,19 @@ def compute_sol_loss(
         pred_spatial, target_spatial: ``[B, s, s]``.
         mask: ``[B]`` bool, the samples that have a teacher's feature.
     """
-    stats = (pred_stats.float() - target_stats.float()).square().mean(-1)
-    spatial = (pred_spatial.float() - target_spatial.float()).square().mean((-2, -1))
+    pred_stats, pred_spatial = pred_stats.float(), pred_spatial.float()
+    target_stats = _present(target_stats.float(), pred_stats, mask)
+    target_spatial = _present(target_spatial.float(), pred_spatial, mask)
+    stats = (pred_stats - target_stats).square().mean(-1)
+    spatial = (pred_spatial - target_spatial).square().mean((-2, -1))
     return _masked_mean(stats + spatial, mask)
+
+
+def _present(target: Tensor, pred: Tensor, mask: Tensor | None) -> Tensor:
+    """Targets with something finite where there is none, for the gradient's sake."""
+    if mask is None:
+        return target
+    return torch.where(mask.reshape(-1, *(1,) * (target.ndim - 1)), target, pred.detach())
 
 
 def _masked_mean(per_sample: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,215 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tinyflux.errors import InputError
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.dropout import install
+from tinyflux.trainer.step import Draws, TrainBatch, latents_of, tokens, training_loss
+from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.util.buckets import default_buckets
+
+MODEL = TinyFluxConfig(
+    hidden_size=48,
+    num_attention_heads=3,
+    attention_head_dim=16,
+    num_double_layers=1,
+    num_single_layers=1,
+    lune_expert_dim=20,
+    lune_hidden_dim=16,
+    lune_dropout=0.3,
+    sol_hidden_dim=16,
+    t5_hidden_size=24,
+    pooled_projection_dim=12,
+    axes_dims_rope=(4, 6, 6),
+    in_channels=4,
+    max_text_length=5,
+)
+CONFIG = TrainerConfig(
+    lune_warmup_steps=0,
+    sol_warmup_steps=0,
+    text_dropout=0.3,
+    lune_dropout=0.3,
+    sol_dropout=0.3,
+    lune_mode="mse",
+    use_spatial_weighting=True,
+    dtype=torch.float32,
+)
+
+
+def student(**changes):
+    torch.manual_seed(0)
+    model = TinyFluxDeep(replace(MODEL, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    install(model)
+    return model.train()
+
+
+def make_batch(size=12, height=4, width=6):
+    torch.manual_seed(1)
+    spatial = torch.rand(size, 10, 8, 8)
+    return TrainBatch(
+        latents=torch.randn(size, 4, height, width),
+        t5_embeds=torch.randn(size, 5, 24),
+        clip_pooled=torch.randn(size, 12),
+        positions=torch.arange(100, 100 + size),
+        lune=torch.randn(size, 10, 20),
+        sol_stats=torch.rand(size, 10, 4),
+        sol_spatial=spatial / spatial.sum((-2, -1), keepdim=True),
+        lune_mask=torch.rand(size) < 0.6,
+        sol_mask=torch.rand(size) < 0.6,
+        mask=(torch.rand(size, height, width) < 0.5).float(),
+    )
+
+
+def loss_and_gradient(model, batches, config=CONFIG):
+    """The mean over ``batches`` weighed by their sizes, as the loop does."""
+    model.zero_grad()
+    size = sum(len(batch) for batch in batches)
+    sums = torch.zeros(4)
+    null = (torch.randn(5, 24, generator=torch.Generator().manual_seed(2)), torch.ones(12))
+    for batch in batches:
+        loss = training_loss(model, batch, config, 10, null, default_buckets())
+        (loss.total * len(batch) / size).backward()
+        sums += loss.stack() * len(batch) / size
+    return sums, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("cuts", [[6], [3, 6, 9], [1, 5, 11]])
+def test_micro_batches_give_the_loss_and_gradient_of_the_batch(cuts):
+    model, batch = student(), make_batch()
+    whole, gradient = loss_and_gradient(model, [batch])
+    edges = [0, *cuts, len(batch)]
+    parts = [batch[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    cut, cut_gradient = loss_and_gradient(model, parts)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_within_a_batch_does_not_matter():
+    model, batch = student(), make_batch()
+    order = torch.randperm(len(batch))
+    shuffled = TrainBatch(**{k: v[order] for k, v in vars(batch).items()})
+    first, _ = loss_and_gradient(model, [batch])
+    second, _ = loss_and_gradient(model, [shuffled])
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_global_randomness_is_neither_used_nor_changed():
+    model, batch = student(), make_batch()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, _ = loss_and_gradient(model, [batch])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    second, _ = loss_and_gradient(model, [batch])
+    assert torch.equal(first, second)
+
+
+def test_draws_depend_on_seed_and_position_only():
+    together = Draws.at(0, torch.tensor([3, 8]), (4, 2, 2))
+    alone = Draws.at(0, torch.tensor([8]), (4, 2, 2))
+    for name, value in vars(alone).items():
+        assert torch.equal(value[0], vars(together)[name][1])
+    other = Draws.at(1, torch.tensor([8]), (4, 2, 2))
+    assert not torch.equal(other.noise, alone.noise)
+
+
+def test_dropped_captions_become_the_null_caption():
+    model, batch = student(), make_batch()
+    everything = replace(CONFIG, text_dropout=1.0)
+    first, _ = loss_and_gradient(model, [batch], everything)
+    other = replace(batch, t5_embeds=torch.randn_like(batch.t5_embeds))
+    second, _ = loss_and_gradient(model, [other], everything)
+    assert torch.equal(first, second)
+
+
+def test_samples_without_a_teacher_do_not_read_its_features():
+    model, batch = student(), make_batch()
+    first, _ = loss_and_gradient(model, [batch])
+    nan = batch.lune.clone()
+    nan[~batch.lune_mask] = float("nan")
+    second, gradient = loss_and_gradient(model, [replace(batch, lune=nan)])
+    assert torch.equal(first, second)
+    assert gradient.isfinite().all()
+
+
+def test_teachers_that_are_off_or_absent_cost_nothing():
+    model, batch = student(), make_batch()
+    bare = replace(
+        batch, lune=None, lune_mask=None, sol_stats=None, sol_spatial=None, sol_mask=None
+    )
+    absent, _ = loss_and_gradient(model, [bare])
+    off, _ = loss_and_gradient(model, [batch], replace(CONFIG, enable_lune=False, enable_sol=False))
+    assert torch.equal(absent, off)
+    assert absent[2] == absent[3] == 0
+    assert absent[0] == absent[1]
+
+
+def test_every_parameter_has_a_gradient_with_and_without_teachers():
+    model, batch = student(), make_batch()
+    bare = replace(batch, lune=None, sol_stats=None, sol_spatial=None)
+    for some in (batch, bare):
+        loss_and_gradient(model, [some])
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_lune_expert": False},
+        {"use_sol_prior": False},
+        {"use_lune_expert": False, "use_sol_prior": False},
+        {"freeze_lune": True, "freeze_sol": True},
+        {"sol_num_stats": 3},
+    ],
+)
+def test_every_kind_of_student_trains(changes):
+    loss, gradient = loss_and_gradient(student(**changes), [make_batch()])
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_teacher_weights_warm_up_in_the_total():
+    model, batch = student(), make_batch()
+    config = replace(CONFIG, lune_warmup_steps=100, sol_warmup_steps=100)
+    loss = training_loss(model, batch, config, 0, None, default_buckets())
+    assert float(loss.total.detach()) == float(loss.main)
+    loss = training_loss(model, batch, config, 1000, None, default_buckets())
+    expected = loss.main + config.lune_weight * loss.lune + config.sol_weight * loss.sol
+    torch.testing.assert_close(loss.total.detach(), expected)
+
+
+def test_tokens_go_row_by_row_and_back():
+    latents = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).float()
+    assert torch.equal(tokens(latents)[:, 7], latents[:, :, 1, 2])
+    assert torch.equal(latents_of(tokens(latents), 4, 5), latents)
+
+
+def test_incomplete_batches_are_refused():
+    with pytest.raises(InputError, match="no 'clip_pooled'"):
+        TrainBatch.from_dict(
+            {"latents": torch.zeros(2, 4, 2, 2), "t5_embeds": torch.zeros(2, 5, 24)},
+            torch.arange(2),
+        )
+    with pytest.raises(InputError, match="t5_embeds has 1 samples"):
+        replace(make_batch(), t5_embeds=torch.zeros(1, 5, 24))
+
+
+def test_validation_depends_on_neither_batches_nor_seed():
+    model, batch = student(), make_batch()
+    keys = [f"key{i}" for i in range(len(batch))]
+    whole = validate(model, HeldOut([batch], [keys]), CONFIG, default_buckets())
+    cut = validate(
+        model,
+        HeldOut([batch[:5], batch[5:]], [keys[:5], keys[5:]]),
+        replace(CONFIG, seed=9),
+        default_buckets(),
+    )
+    assert whole.keys() == {"val_velocity", "val_lune", "val_sol"}
+    assert cut == pytest.approx(whole, rel=1e-5)
+    assert model.training

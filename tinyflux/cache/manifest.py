@@ -1,0 +1,213 @@
+"""The manifest: what a dataset is made of. It is written last, and what it does not list is not there."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyflux.cache.schema import FORMAT_VERSION, Layout
+from tinyflux.errors import CacheError
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file of the dataset: path relative to it, size, checksum, where its tensors lie."""
+
+    path: str
+    bytes: int
+    sha256: str
+    columns: dict[str, Layout] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "FileInfo":
+        layouts = {
+            name: Layout(item["offset"], tuple(item["shape"]), item["dtype"], item["trimmed"])
+            for name, item in data["columns"].items()
+        }
+        return cls(data["path"], data["bytes"], data["sha256"], layouts)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """Row-aligned files, one per column group."""
+
+    name: str
+    rows: int
+    files: dict[str, FileInfo]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ShardInfo":
+        files = {group: FileInfo.from_dict(item) for group, item in data["files"].items()}
+        return cls(data["name"], data["rows"], files)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A frozen model that made a column: where it came from and the digest of its weights."""
+
+    repo: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """What made a column group: the models, their dtype, the extractor's version and settings."""
+
+    models: dict[str, ModelInfo]
+    dtype: str
+    code_version: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "GroupInfo":
+        models = {name: ModelInfo(**item) for name, item in data["models"].items()}
+        return cls(models, data["dtype"], data["code_version"], dict(data["settings"]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the numbers mean. ``None`` is unknown: tensors that a caller brought.
+
+    Attributes:
+        seed: of the teachers' noise.
+        t_buckets: student times at which the teachers ran.
+        t5_layers, max_text_length, text_padding, latent_shift: as in ``TinyFluxConfig``.
+        latent_scale: factor of the latents after the shift.
+        groups: what made each column group.
+    """
+
+    seed: int | None = None
+    t_buckets: tuple[float, ...] | None = None
+    t5_layers: tuple[int, ...] | None = None
+    max_text_length: int | None = None
+    text_padding: str | None = None
+    latent_shift: float | None = None
+    latent_scale: float | None = None
+    groups: dict[str, GroupInfo] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+        values = {item.name: data[item.name] for item in dataclasses.fields(cls)}
+        for name in ("t_buckets", "t5_layers"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        groups = {name: GroupInfo.from_dict(item) for name, item in data["groups"].items()}
+        return cls(**{**values, "groups": groups})
+
+    def merged(self, other: "Recipe") -> "Recipe":
+        """This recipe with what only ``other`` knows."""
+        known = {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) is not None
+        }
+        return dataclasses.replace(other, **{**known, "groups": {**other.groups, **self.groups}})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole dataset.
+
+    Attributes:
+        rows: number of samples over all shards.
+        plan: digest of the settings and samples that a build job was given; empty for a dataset
+            saved from memory.
+        settings: those settings, so that a difference can be named.
+        null_text: file of the empty caption's embedding (``t5_embeds`` [L, D], ``clip_pooled``
+            [P]), if known.
+    """
+
+    rows: int
+    recipe: Recipe
+    shards: tuple[ShardInfo, ...]
+    null_text: FileInfo | None = None
+    name: str = "dataset"
+    plan: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the column groups that every shard has."""
+        return tuple(self.shards[0].files)
+
+    @property
+    def files(self) -> list[FileInfo]:
+        """Every file that the manifest lists."""
+        found = [file for shard in self.shards for file in shard.files.values()]
+        return found + ([self.null_text] if self.null_text else [])
+
+    def layout(self, column: str) -> Layout | None:
+        """The first shard's layout of ``column``, ``None`` where the dataset has no such column."""
+        for file in self.shards[0].files.values():
+            if column in file.columns:
+                return file.columns[column]
+        return None
+
+    def to_json(self) -> bytes:
+        """Readable JSON, one line per shard."""
+        head = to_dict(dataclasses.replace(self, shards=()))
+        lines = ",\n  ".join(json.dumps(to_dict(shard)) for shard in self.shards)
+        del head["shards"]
+        text = json.dumps(head, indent=1)
+        return (text[: -len("\n}")] + f',\n "shards": [\n  {lines}\n ]\n}}\n').encode()
+
+    def save(self, directory: Path) -> None:
+        """Commit the dataset: from here on it exists."""
+        atomic_write(directory / MANIFEST_NAME, self.to_json())
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read ``manifest.json``.
+
+        Raises:
+            CacheError: there is none, it is damaged, or a newer program wrote it.
+        """
+        path = directory / MANIFEST_NAME
+        try:
+            data = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            unfinished = (directory / "plan.json").exists()
+            raise CacheError(
+                f"the cache '{directory}' is not finished: run the build again to complete it"
+                if unfinished
+                else f"there is no cache at '{directory}': build it first, or check the path"
+            ) from None
+        except ValueError as error:
+            raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CacheError(
+                f"'{path}' has format version {version}, this program reads up to "
+                f"{FORMAT_VERSION}: upgrade tinyflux"
+            )
+        try:
+            null_text = data["null_text"]
+            manifest = cls(
+                rows=data["rows"],
+                recipe=Recipe.from_dict(data["recipe"]),
+                shards=tuple(ShardInfo.from_dict(item) for item in data["shards"]),
+                null_text=None if null_text is None else FileInfo.from_dict(null_text),
+                name=data["name"],
+                plan=data["plan"],
+                settings=data["settings"],
+                format_version=data["format_version"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheError(
+                f"'{path}' is damaged (bad entry {error}): build the cache again"
+            ) from error
+        if not manifest.shards or manifest.rows != sum(shard.rows for shard in manifest.shards):
+            raise CacheError(f"'{path}' is damaged (row counts): build the cache again")
+        return manifest
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,227 @@
+"""Shards on disk: written whole or not at all, read by memory map.
+
+Every column of a file is one uncompressed page, so a row's bytes lie at ``offset + row * width``,
+and any row of any shard is read without decoding its neighbours. The writer checks that the page
+is really where the manifest says.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from tinyflux.cache.manifest import FileInfo, ShardInfo, sha256
+from tinyflux.cache.schema import (
+    GROUPS,
+    KEY,
+    MAX_COLUMN_BYTES,
+    TOKENS,
+    Column,
+    Layout,
+    columns_of,
+    plain_column,
+    tensor_column,
+    tensor_from_bytes,
+    token_counts,
+    trimmed_column,
+)
+from tinyflux.errors import CacheError
+from tinyflux.util.config import dtype_name, parse_dtype
+from tinyflux.util.files import atomic_write
+
+SHARD_FOLDER = "shards"
+NULL_TEXT_NAME = "null_text.safetensors"
+
+
+def write_shard(
+    directory: Path,
+    name: str,
+    keys: Sequence[str],
+    columns: Mapping[str, Column],
+    trim_text: bool,
+) -> ShardInfo:
+    """Write one file per column group that ``columns`` has.
+
+    Args:
+        directory: the dataset; files go to its ``shards`` folder.
+        keys: one per row.
+        columns: by the names of ``schema.GROUPS``, each with one entry per row.
+        trim_text: do not store zero vectors after a caption's last token.
+    """
+    (directory / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+    files = {}
+    for group in GROUPS:
+        if chosen := columns_of(group, columns):
+            path = f"{SHARD_FOLDER}/{name}.{group}.parquet"
+            files[group] = _write_group(directory, path, keys, chosen, trim_text)
+    return ShardInfo(name, len(keys), files)
+
+
+def _write_group(
+    directory: Path, path: str, keys: Sequence[str], columns: Mapping[str, Column], trim_text: bool
+) -> FileInfo:
+    fields, arrays = [], []
+    pages: dict[str, tuple[bytes, Layout]] = {}
+
+    def add(field: pa.Field, array: pa.Array) -> None:
+        fields.append(field)
+        arrays.append(array)
+
+    def add_tensor(name: str, rows: Tensor, trim: bool = False) -> None:
+        if trim:
+            counts = token_counts(rows)
+            add_tensor(TOKENS, counts)
+            field, array, page = trimmed_column(name, rows, counts)
+        elif rows.ndim == 1:
+            field, array = plain_column(name, rows.tolist())
+            page = rows.numpy().tobytes()
+        else:
+            field, array, page = tensor_column(name, rows)
+        add(field, array)
+        layout = Layout(0, tuple(rows.shape[1:]), dtype_name(rows.dtype), trim)
+        pages[name] = (page, layout)
+
+    add(*plain_column(KEY, keys))
+    for name, column in columns.items():
+        if len(column) != len(keys):
+            raise CacheError(f"column '{name}' has {len(column)} rows, the shard {len(keys)}")
+        if isinstance(column, Tensor):
+            add_tensor(name, column, trim=trim_text and name == "t5_embeds")
+        else:
+            add(*plain_column(name, column))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table(arrays, schema=pa.schema(fields)),
+        sink,
+        row_group_size=len(keys),
+        data_page_size=MAX_COLUMN_BYTES,
+        use_dictionary=False,
+        write_statistics=False,
+        compression="NONE",
+    )
+    data = sink.getvalue()
+    layouts = _locate(path, data, pages)
+    atomic_write(directory / path, memoryview(data))
+    return FileInfo(path, data.size, sha256(memoryview(data)), layouts)
+
+
+def _locate(
+    path: str, data: pa.Buffer, pages: Mapping[str, tuple[bytes, Layout]]
+) -> dict[str, Layout]:
+    """Find each tensor column's values in the finished file, and make sure of them."""
+    row_group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    view, found = memoryview(data).cast("B"), {}
+    for index in range(row_group.num_columns):
+        chunk = row_group.column(index)
+        name = chunk.path_in_schema
+        if name not in pages:
+            continue
+        page, layout = pages[name]
+        offset = chunk.data_page_offset + chunk.total_compressed_size - len(page)
+        if len(page) > MAX_COLUMN_BYTES or view[offset : offset + len(page)] != page:
+            raise CacheError(
+                f"column '{name}' of '{path}' does not fit one page ({len(page)} bytes): "
+                f"use a smaller cache.rows_per_shard"
+            )
+        found[name] = Layout(offset, layout.shape, layout.dtype, layout.trimmed)
+    return found
+
+
+def write_null_text(directory: Path, t5_embeds: Tensor, clip_pooled: Tensor) -> FileInfo:
+    """Write the empty caption's embedding: ``[L, D]`` and ``[P]``."""
+    tensors = {
+        "t5_embeds": t5_embeds.cpu().contiguous(),
+        "clip_pooled": clip_pooled.cpu().contiguous(),
+    }
+    data = save_safetensors(tensors)
+    atomic_write(directory / NULL_TEXT_NAME, data)
+    return FileInfo(NULL_TEXT_NAME, len(data), sha256(data))
+
+
+def read_null_text(directory: Path, file: FileInfo) -> tuple[Tensor, Tensor]:
+    """What :func:`write_null_text` wrote, as fp32."""
+    tensors = load_safetensors((directory / file.path).read_bytes())
+    return tensors["t5_embeds"].float(), tensors["clip_pooled"].float()
+
+
+def is_whole(directory: Path, file: FileInfo) -> bool:
+    """Whether the file is there with its full size (its checksum is not looked at)."""
+    path = directory / file.path
+    return path.is_file() and path.stat().st_size == file.bytes
+
+
+class ShardReader:
+    """Reads rows of a dataset's shards; keeps the last ``max_open`` files mapped."""
+
+    def __init__(self, directory: Path, max_open: int = 512) -> None:
+        self._directory = directory
+        self._max_open = max_open
+        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def strings(self, shard: ShardInfo, group: str, column: str) -> list[str]:
+        """A text column of a whole shard."""
+        path = self._directory / shard.files[group].path
+        return pq.read_table(path, columns=[column], memory_map=True)[column].to_pylist()
+
+    def tensor(self, shard: ShardInfo, group: str, column: str, rows: np.ndarray) -> Tensor:
+        """Rows (positions in the shard) of a tensor column, ``[B, ...]`` in the stored dtype."""
+        file = shard.files[group]
+        layout, data = file.columns[column], self._map(file)
+        dtype = parse_dtype(layout.dtype)
+        width = int(np.prod(layout.shape)) * dtype.itemsize
+        if layout.trimmed:
+            raw = self._trimmed(file, layout, data, shard.rows, rows, width)
+        else:
+            values = data[layout.offset : layout.offset + shard.rows * width]
+            raw = values.reshape(shard.rows, width)[rows]
+        return tensor_from_bytes(np.ascontiguousarray(raw), layout.shape, dtype)
+
+    def _trimmed(
+        self,
+        file: FileInfo,
+        layout: Layout,
+        data: np.ndarray,
+        count: int,
+        rows: np.ndarray,
+        width: int,
+    ) -> np.ndarray:
+        start = file.columns[TOKENS].offset
+        tokens = data[start : start + 4 * count].view("<i4").astype(np.int64)
+        sizes = tokens * (width // layout.shape[0])
+        begins = layout.offset + 4 + np.concatenate([[0], np.cumsum(sizes + 4)[:-1]])
+        raw = np.zeros((len(rows), width), np.uint8)
+        for target, row in zip(raw, rows, strict=True):
+            target[: sizes[row]] = data[begins[row] : begins[row] + sizes[row]]
+        return raw
+
+    def _map(self, file: FileInfo) -> np.ndarray:
+        if file.path in self._maps:
+            self._maps.move_to_end(file.path)
+            return self._maps[file.path]
+        mapped = np.memmap(self._directory / file.path, dtype=np.uint8, mode="r")
+        self._maps[file.path] = mapped
+        if len(self._maps) > self._max_open:
+            self._maps.popitem(last=False)
+        return mapped
+
+
+def to_storage(rows: Tensor, what: str, dtype: torch.dtype = torch.float16) -> Tensor:
+    """``rows`` on the CPU in the stored dtype.
+
+    Raises:
+        CacheError: a number is not finite there.
+    """
+    stored = rows.detach().to("cpu", dtype)
+    if not torch.isfinite(stored).all():
+        raise CacheError(
+            f"{what} holds numbers that are not finite in {dtype_name(dtype)}: check the model "
+            f"that made it, or its dtype"
+        )
+    return stored

@@ -1,0 +1,1 @@
+"""Ray and DeepSpeed around the library."""

@@ -1,0 +1,193 @@
+"""DeepSpeed ZeRO under the training loop."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tinyflux.errors import CheckpointError, ConfigError, MissingDependencyError
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.engine import (
+    SkipCounter,
+    autocast,
+    average,
+    build_optimizer,
+    flatten_state,
+    prepare_model,
+    restore_state,
+    trainable_names,
+)
+
+# What AdamW keeps for each element of a weight.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def check_zero(config: TrainerConfig, zero_stage: int) -> None:
+    """Refuse what this engine cannot do with a :class:`ConfigError`."""
+    if zero_stage not in (0, 1, 2):
+        raise ConfigError(
+            f"workers.zero_stage must be 0, 1 or 2, not {zero_stage}: "
+            "weights cannot be sharded (stage 3) yet"
+        )
+    if config.optimizer != "adamw":
+        raise ConfigError(
+            f"trainer.optimizer '{config.optimizer}' does not run under DeepSpeed, which shards "
+            "flat tensors: use 'adamw', or workers.engine 'torch'"
+        )
+
+
+class DeepSpeedEngine:
+    """An :class:`tinyflux.trainer.engine.Engine` on DeepSpeed ZeRO 0, 1 or 2.
+
+    A process group must exist. Weights are fp32; the forward runs under autocast as in plain torch,
+    so DeepSpeed's own half precision stays off.
+    """
+
+    def __init__(self, model: TinyFluxDeep, config: TrainerConfig, zero_stage: int = 2):
+        check_zero(config, zero_stage)
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise MissingDependencyError(
+                "workers.engine 'deepspeed' needs the package deepspeed: pip install deepspeed, "
+                "or use 'torch'"
+            ) from error
+        self.model = prepare_model(model, config)
+        self.device = next(model.parameters()).device
+        self.skips = SkipCounter(self.device)
+        self._config, self._stage = config, zero_stage
+        self._names = trainable_names(model)
+        self._parameters = model.get_trainable_parameters()
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=_Autocast(model, self.device, config.dtype),
+            model_parameters=self._parameters,
+            optimizer=build_optimizer(self._parameters, config),
+            config=self._settings(),
+            dist_init_required=False,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """DeepSpeed's config. Accumulation is the loop's, told by ``backward(last=)``."""
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own throughput figures
+            "gradient_accumulation_steps": 1,
+            # Stage 0 would clip without looking for NaNs, so this engine does it there.
+            "gradient_clipping": self._config.grad_clip if self._stage else 0.0,
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": self.device.type == "cuda",
+                "contiguous_gradients": True,
+            },
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage == 0:
+            norm = nn.utils.clip_grad_norm_(
+                self._parameters, self._config.grad_clip or float("inf")
+            )
+            skipped = ~norm.isfinite()
+            if skipped:
+                self._engine.zero_grad()
+            else:
+                self._engine.step()
+        else:
+            self._engine.step()
+            norm = torch.as_tensor(float(self._engine.get_global_grad_norm()), device=self.device)
+            skipped = torch.as_tensor(bool(self._optimizer.overflow), device=self.device)
+        self.skips.update(skipped)
+        return norm
+
+    def average(self, values: Tensor) -> Tensor:
+        return average(values)
+
+    def optimizer_state(self) -> dict[str, Tensor] | None:
+        main = dist.get_rank() == 0
+        if self._stage == 0:
+            if not main:
+                return None
+            return flatten_state(self._inner_optimizer(), self._names, self._parameters)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = self._step_count()
+        state: dict[str, Tensor] = {}
+        if steps is None:
+            return state if main else None
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            for key in MOMENTS:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                if main:
+                    state[f"{name}/{key}"] = whole.detach().cpu()
+            state[f"{name}/step"] = torch.tensor(float(steps))
+        return state if main else None
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            return
+        if self._stage == 0:
+            restore_state(self._inner_optimizer(), self._names, self._parameters, state)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        missing = [
+            f"{name}/{key}"
+            for name in self._names
+            for key in (*MOMENTS, "step")
+            if f"{name}/{key}" not in state
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's optimizer state has no '{missing[0]}': it was made with another "
+                "optimizer or model; start a new run_dir or use the config it was made with"
+            )
+        self._create_moments(float(state[f"{self._names[0]}/step"]))
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            for key in MOMENTS:
+                value = state[f"{name}/{key}"].to(self.device)
+                safe_set_full_optimizer_state(parameter, value, key)
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW that DeepSpeed drives; under ZeRO its parameters are this worker's shards."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _step_count(self) -> float | None:
+        """Steps that AdamW has made, None before the first."""
+        states = list(self._inner_optimizer().state.values())
+        return float(states[0]["step"]) if states else None
+
+    def _create_moments(self, steps: float) -> None:
+        """What AdamW's first step would create, so that it can be filled before."""
+        inner = self._inner_optimizer()
+        for group in inner.param_groups:
+            for shard in group["params"]:
+                inner.state[shard] = {
+                    "step": torch.tensor(steps, dtype=torch.float32, device=shard.device),
+                    **{key: torch.zeros_like(shard) for key in MOMENTS},
+                }
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class _Autocast(nn.Module):
+    """The model under autocast from the inside: DeepSpeed turns off one that surrounds it."""
+
+    def __init__(self, model: TinyFluxDeep, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self._device, self._dtype = device, dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with autocast(self._device, self._dtype):
+            return self.model(*args, **kwargs)
