@@ -1,0 +1,60 @@
+"""An untrained world of the smallest sizes, with a VAE of the teachers' own."""
+
+from pathlib import Path
+
+import torch
+
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.toy.world import WorldSizes, build_untrained
+
+CAPTIONS = ["red circle", "blue square", "green heart", "a yellow star on black"]
+SIZES = WorldSizes(
+    picture_size=16,
+    vae_channels=(8, 16, 16),
+    latent_channels=4,
+    sd_latent_channels=2,
+    text_width=16,
+    text_layers=2,
+    teacher_channels=(8, 16),
+    vocabulary=60,
+)
+
+
+def make_world(folder: Path, seed: int = 0) -> Path:
+    return build_untrained(folder, CAPTIONS, seed, SIZES)
+
+
+def zoo_config(folder: Path) -> ZooConfig:
+    return ZooConfig(
+        vae_repo=str(folder),
+        t5_repo=str(folder / "t5"),
+        clip_repo=str(folder / "clip"),
+        experts_repo=str(folder),
+        sd_repo=str(folder / "sd"),
+        device="cpu",
+        dtype=torch.float32,
+    )
+
+
+def student_config(**changes) -> TinyFluxConfig:
+    """A student that fits the world."""
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_double_layers": 1,
+        "num_single_layers": 1,
+        "lune_expert_dim": 16,
+        "lune_hidden_dim": 16,
+        "sol_hidden_dim": 16,
+        "t5_layers": (0, 1, 2),
+        "t5_hidden_size": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "in_channels": 4,
+        "pooled_projection_dim": 16,
+        "max_text_length": 24,
+        "latent_shift": 0.0,
+        "timestep_shift": 1.0,
+    }
+    return TinyFluxConfig(**{**sizes, **changes})

@@ -1,0 +1,178 @@
+"""Students from files, directories and the hub; and back to a directory."""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tinyflux.errors import CheckpointError, ConfigError, HubError
+from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.zoo import resolve_device
+from tinyflux.util.files import atomic_write
+
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+# What torch.compile and data-parallel wrappers put before a name.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    config: TinyFluxConfig | None = None,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    strict: bool = True,
+) -> TinyFluxDeep:
+    """A student in evaluation mode.
+
+    Args:
+        source: a ``.safetensors`` or ``.pt`` file, a directory with ``model.safetensors`` and
+            ``config.json``, or a hub repository ``user/repo`` or ``user/repo:subfolder``.
+        config: of the model; None reads the ``config.json`` beside the weights.
+        strict: refuse tensors that do not fit; otherwise they are logged and left as initialised.
+
+    Raises:
+        CheckpointError: no checkpoint there, a broken one, or tensors that do not fit.
+        HubError: a repository that cannot be fetched.
+    """
+    place = resolve_device(device)
+    weights = _locate(os.fspath(source), WEIGHTS_NAME)
+    if config is None:
+        beside = weights.with_name(CONFIG_NAME)
+        if beside.is_file():
+            config = load_config(str(beside))
+        elif not os.path.exists(source):
+            config = load_config(os.fspath(source))
+        else:
+            raise CheckpointError(
+                f"there is no {CONFIG_NAME} beside '{weights}': pass config=, the config that the "
+                f"checkpoint was trained with"
+            )
+    tensors = _read(weights)
+    model = TinyFluxDeep(config)
+    _fill(model, tensors, str(weights), strict)
+    return model.to(device=place, dtype=dtype).eval()
+
+
+def load_config(source: str | os.PathLike[str]) -> TinyFluxConfig:
+    """A config from a JSON file, a directory with ``config.json`` or a hub repository.
+
+    Raises:
+        ConfigError: an unknown key or an impossible value.
+        CheckpointError: there is none, or it is not JSON.
+    """
+    path = _locate(os.fspath(source), CONFIG_NAME)
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' must hold an object of settings")
+    return TinyFluxConfig.from_dict(data, f"'{path}'")
+
+
+def save_model(
+    model: TinyFluxDeep,
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write ``model.safetensors`` and ``config.json``, which :func:`load_model` opens.
+
+    Args:
+        tensors: weights instead of the model's own, by the same names.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = tensors if tensors is not None else model.state_dict()
+    whole = {_bare(name): value.detach().cpu().contiguous() for name, value in state.items()}
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    atomic_write(directory / CONFIG_NAME, config.encode())
+    atomic_write(directory / WEIGHTS_NAME, save(whole))
+    return directory
+
+
+def _locate(source: str, name: str) -> Path:
+    """The file ``name`` (or ``source`` itself) on this machine, fetched if need be."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / name).is_file():
+            return path / name
+        raise CheckpointError(f"the directory '{source}' holds no {name}")
+    repo, _, subfolder = source.partition(":")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or path.suffix in (".pt", ".json"):
+        raise CheckpointError(f"there is no checkpoint at '{source}': check the path")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"there is no checkpoint at '{source}': check the path")
+    try:
+        return Path(hf_hub_download(repo, name, subfolder=subfolder or None))
+    except Exception as error:  # hub, network and validation errors have no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise HubError(
+            f"there is no '{source}' on this machine, and {name} cannot be fetched from the hub "
+            f"repository '{repo}' (is the network reachable?): {reason:.200}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by name, without what wrappers put in front."""
+    try:
+        if path.suffix == ".pt":
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            data = load_file(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"'{path}' is not a checkpoint that can be read: {reason:.200}"
+        ) from error
+    if isinstance(data, dict) and isinstance(data.get("model"), dict):
+        data = data["model"]
+    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise CheckpointError(f"'{path}' does not hold tensors by name")
+    return {_bare(name): tensor for name, tensor in data.items()}
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper == "_orig_mod." else name.removeprefix(wrapper)
+    return name
+
+
+def _fill(model: TinyFluxDeep, tensors: Mapping[str, Tensor], where: str, strict: bool) -> None:
+    """Copy ``tensors`` into ``model``; every name and shape must match unless not ``strict``."""
+    own = model.state_dict()
+    given = {k: v for k, v in tensors.items() if not k.startswith(UNUSED_PUBLISHED_PREFIXES)}
+    missing = [name for name in own if name not in given]
+    unknown = [name for name in given if name not in own]
+    misshaped = [
+        f"{name} {list(given[name].shape)} for {list(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for what, names in (
+            ("tensors missing", missing),
+            ("unknown tensors", unknown),
+            ("tensors of another shape", misshaped),
+        )
+        if names
+    ]
+    if problems and strict:
+        raise CheckpointError(f"'{where}' does not fit the model's config: {'; '.join(problems)}")
+    if problems:
+        logger.warning("'%s' fits in part: skipped %s", where, "; ".join(problems))
+    bad = {entry.split(" ", 1)[0] for entry in misshaped}
+    fitting = {k: v for k, v in given.items() if k in own and k not in bad}
+    model.load_state_dict(fitting, strict=False)

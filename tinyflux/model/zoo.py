@@ -1,0 +1,438 @@
+"""The frozen models: loaded once, moved between devices, asked for encodings.
+
+A local directory goes wherever a hub repository's name goes.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from tinyflux.errors import ConfigError, HubError, InputError
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.layers import rms_norm
+from tinyflux.util.config import nearest
+
+T = TypeVar("T")
+
+LUNE_FILENAME = "sd15-flow-lune-unet.safetensors"
+SOL_FILENAME = "sd15-flow-sol-unet.safetensors"
+# Stable Diffusion 1.5's UNet, whose single-file checkpoints come without a config.
+_SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "layers_per_block": 2,
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but there is no GPU: use device 'cpu'")
+    return torch.device(device)
+
+
+class ModelZoo:
+    """Loads and runs the VAEs, text encoders and teachers.
+
+    Args:
+        device: where models run; ``"auto"`` is CUDA if there is one.
+        dtype: of weights and encodings.
+        vae_repo: holds the student's VAE, in ``vae/`` or at its root.
+        t5_repo, clip_repo: text encoders with their tokenizers.
+        experts_repo: holds ``lune/`` and ``sol/``, or single files of SD1.5's architecture.
+        sd_repo: holds the teachers' VAE.
+        t5_layers, max_text_length, text_padding: as in ``TinyFluxConfig``.
+        vae_shift: taken off the student's latents; None means what the VAE's config says.
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        vae_repo: str = "black-forest-labs/FLUX.1-dev",
+        t5_repo: str = "google/flan-t5-base",
+        clip_repo: str = "openai/clip-vit-large-patch14",
+        experts_repo: str = "AbstractPhil/tinyflux-experts",
+        sd_repo: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        t5_layers: Sequence[int] = (0, 4, 8, 12),
+        max_text_length: int = 128,
+        text_padding: str = "zero",
+        vae_shift: float | None = None,
+    ):
+        self.device, self.dtype = resolve_device(device), dtype
+        self.vae_repo, self.t5_repo, self.clip_repo = vae_repo, t5_repo, clip_repo
+        self.experts_repo, self.sd_repo = experts_repo, sd_repo
+        self.t5_layers, self.max_text_length = tuple(t5_layers), max_text_length
+        self.text_padding, self.vae_shift = text_padding, vae_shift
+        self._models: dict[str, Any] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._digests: dict[str, str] = {}
+        self._loaders: dict[str, Callable[[], Any]] = {
+            "vae": self.load_vae,
+            "sd_vae": self.load_sd_vae,
+            "t5": self.load_t5,
+            "clip": self.load_clip,
+            "lune": self.load_lune,
+            "sol": self.load_sol,
+        }
+
+    # Loading
+
+    def load_vae(self) -> AutoencoderKL:
+        """The student's VAE."""
+        return self._load("vae", lambda: _open_vae(self.vae_repo))
+
+    def load_sd_vae(self) -> AutoencoderKL:
+        """The teachers' VAE; the student's own module if both come from one place."""
+        if self.sd_repo == self.vae_repo:
+            return self.load_vae()
+        return self._load("sd_vae", lambda: _open_vae(self.sd_repo))
+
+    def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
+        """T5's tokenizer and encoder.
+
+        Raises:
+            ConfigError: ``t5_layers`` names a layer that it has not.
+        """
+        model = self._load("t5", lambda: _pretrained(T5EncoderModel, self.t5_repo))
+        last = model.config.num_layers
+        if max(self.t5_layers) > last:
+            raise ConfigError(
+                f"t5_layers = {list(self.t5_layers)} names a layer above {last}, the last of "
+                f"'{self.t5_repo}'"
+            )
+        return self._tokenizer("t5", T5Tokenizer, self.t5_repo), model
+
+    def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+        """CLIP's tokenizer and text model."""
+        model = self._load("clip", lambda: _pretrained(CLIPTextModel, self.clip_repo))
+        return self._tokenizer("clip", CLIPTokenizer, self.clip_repo), model
+
+    def load_lune(self, filename: str = LUNE_FILENAME) -> UNet2DConditionModel:
+        """The Lune teacher: folder ``lune/``, or else the file ``filename``."""
+        return self._load("lune", lambda: _open_teacher(self.experts_repo, "lune", filename))
+
+    def load_sol(self, filename: str = SOL_FILENAME) -> UNet2DConditionModel:
+        """The Sol teacher: folder ``sol/``, or else the file ``filename``."""
+        return self._load("sol", lambda: _open_teacher(self.experts_repo, "sol", filename))
+
+    def _load(self, name: str, opener: Callable[[], Any]) -> Any:
+        if name not in self._models:
+            model = opener().eval().requires_grad_(False)
+            self._models[name] = model.to(device=self.device, dtype=self.dtype)
+        return self._models[name]
+
+    def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = _pretrained(cls, repo)
+        return self._tokenizers[name]
+
+    # Memory management
+
+    def unload(self, name: str) -> None:
+        """Forget a model (``vae``, ``sd_vae``, ``t5``, ``clip``, ``lune`` or ``sol``)."""
+        self._check_name(name)
+        self._models.pop(name, None)
+        self._tokenizers.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def offload(self) -> None:
+        """Move every loaded model to the CPU."""
+        for model in self._models.values():
+            model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Move every loaded model back to ``device``."""
+        for model in self._models.values():
+            model.to(self.device)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._loaders:
+            raise ConfigError(
+                f"the zoo has no model '{name}'{nearest(name, self._loaders)}: it has "
+                f"{', '.join(self._loaders)}"
+            )
+
+    def digest(self, name: str) -> str:
+        """SHA-256 over a model's sorted tensor names, shapes and fp32 values."""
+        self._check_name(name)
+        if name not in self._digests:
+            loaded = self._loaders[name]()
+            model = loaded[1] if isinstance(loaded, tuple) else loaded
+            total = hashlib.sha256()
+            for key, tensor in sorted(model.state_dict().items()):
+                total.update(f"{key}{tuple(tensor.shape)}".encode())
+                total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._digests[name] = total.hexdigest()
+        return self._digests[name]
+
+    # Encoding
+
+    @property
+    def vae_scale(self) -> float:
+        """The VAE's scaling factor (0.3611 for FLUX)."""
+        return float(self.load_vae().config.scaling_factor)
+
+    @property
+    def latent_shift(self) -> float:
+        """What is taken off the student's latents before scaling."""
+        if self.vae_shift is not None:
+            return self.vae_shift
+        return float(getattr(self.load_vae().config, "shift_factor", None) or 0.0)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the student's latents."""
+        return int(self.load_vae().config.latent_channels)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along a side."""
+        return _downscale(self.load_vae())
+
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """Student latents ``[C, h, w]`` of one RGB picture."""
+        return self.encode_images_batched([image])[0]
+
+    def encode_images_batched(self, images: list[Image.Image], batch_size: int = 32) -> Tensor:
+        """Student latents ``[N, C, h, w]``: the posterior's mode, shifted and scaled.
+
+        Raises:
+            InputError: not pictures, of several sizes, or sides that the VAE cannot halve.
+        """
+        vae = self.load_vae()
+        return (_encode(vae, images, batch_size) - self.latent_shift) * vae.config.scaling_factor
+
+    def encode_teacher_latents_batched(
+        self, images: list[Image.Image], batch_size: int = 32
+    ) -> Tensor:
+        """The teachers' latents ``[N, C, h, w]``, from their own VAE as its config scales them."""
+        vae = self.load_sd_vae()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (_encode(vae, images, batch_size) - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [0, 1] of student latents ``[B, C, h, w]``.
+
+        Args:
+            shift: what was taken off them; None means :attr:`latent_shift`.
+        """
+        vae = self.load_vae()
+        shift = self.latent_shift if shift is None else shift
+        latents = latents.to(self.device, torch.float32) / vae.config.scaling_factor + shift
+        return (vae.decode(latents.to(self.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """T5 embedding ``[L, D]`` and pooled CLIP embedding ``[P]``."""
+        t5, pooled = self.encode_prompts_batched([prompt])
+        return t5[0], pooled[0]
+
+    @torch.no_grad()
+    def encode_prompts_batched(
+        self, prompts: list[str], batch_size: int = 128, allow_empty: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``.
+
+        L is ``max_text_length``. A T5 embedding is the mean of the RMS-normalised hidden states of
+        ``t5_layers``; the last layer alone is taken as it is.
+
+        Raises:
+            InputError: an empty prompt (unless ``allow_empty``) or one that is too long.
+        """
+        tokenizer, model = self.load_t5()
+        found = []
+        for batch in _batches(prompts, batch_size):
+            ids, mask = self._tokens("T5", tokenizer, batch, self.max_text_length, allow_empty)
+            output = model(ids, attention_mask=mask, output_hidden_states=True)
+            if self.t5_layers == (model.config.num_layers,):
+                text = output.last_hidden_state
+            else:
+                layers = [rms_norm(output.hidden_states[layer]) for layer in self.t5_layers]
+                text = torch.stack(layers).mean(0)
+            if self.text_padding == "zero":
+                text = text * mask[..., None]
+            found.append(text)
+        pooled = [
+            output.pooler_output for output in self._run_clip(prompts, batch_size, allow_empty)
+        ]
+        return torch.cat(found), torch.cat(pooled)
+
+    @torch.no_grad()
+    def encode_clip_tokens(self, prompts: list[str], batch_size: int = 128) -> Tensor:
+        """CLIP's hidden states ``[N, T, D]``, which SD1.5 UNets are conditioned on."""
+        outputs = self._run_clip(prompts, batch_size, allow_empty=True)
+        return torch.cat([output.last_hidden_state for output in outputs])
+
+    def t5_token_counts(self, prompts: list[str]) -> Tensor:
+        """Tokens of each prompt ``[N]``, its end token included."""
+        tokenizer, _ = self.load_t5()
+        return torch.tensor([len(ids) for ids in tokenizer(list(prompts)).input_ids])
+
+    def _run_clip(self, prompts: list[str], batch_size: int, allow_empty: bool) -> Iterator[Any]:
+        tokenizer, model = self.load_clip()
+        limit = model.config.max_position_embeddings
+        for batch in _batches(prompts, batch_size):
+            # CLIP was trained without a padding mask.
+            ids, _ = self._tokens("CLIP", tokenizer, batch, limit, allow_empty)
+            yield model(ids)
+
+    def _tokens(
+        self, name: str, tokenizer: Any, prompts: list[str], limit: int, allow_empty: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, ``[B, limit]``; checks every prompt."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise InputError(f"a prompt must be text, not {type(prompt).__name__}")
+            if not prompt.strip() and not allow_empty:
+                raise InputError("a prompt is empty: say what the picture should show")
+        encoded = tokenizer(prompts, padding="max_length", max_length=limit, return_tensors=None)
+        for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
+            if len(ids) > limit:
+                raise InputError(
+                    f"the prompt '{prompt[:40]}...' has {len(ids)} {name} tokens, the limit is "
+                    f"{limit}: shorten it"
+                )
+        ids = torch.tensor(encoded.input_ids, device=self.device)
+        return ids, torch.tensor(encoded.attention_mask, device=self.device)
+
+
+@dataclass
+class ZooConfig:
+    """:class:`ModelZoo`'s arguments as a section of a run file; the rest comes from the model."""
+
+    vae_repo: str = "black-forest-labs/FLUX.1-dev"
+    t5_repo: str = "google/flan-t5-base"
+    clip_repo: str = "openai/clip-vit-large-patch14"
+    experts_repo: str = "AbstractPhil/tinyflux-experts"
+    sd_repo: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    device: str = "auto"
+    dtype: torch.dtype = torch.float32
+
+    def build(self, model: TinyFluxConfig) -> ModelZoo:
+        """A zoo whose encodings are what ``model`` is trained on."""
+        return ModelZoo(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            t5_layers=model.t5_layers,
+            max_text_length=model.max_text_length,
+            text_padding=model.text_padding,
+            vae_shift=model.latent_shift,
+        )
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def _downscale(vae: AutoencoderKL) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int) -> Tensor:
+    """Posterior modes ``[N, C, h, w]``, unscaled."""
+    if not images:
+        raise InputError("there are no pictures to encode")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise InputError(f"a picture must be a PIL image, not {type(image).__name__}")
+    size, step = images[0].size, _downscale(vae)
+    if any(image.size != size for image in images):
+        sizes = sorted({f"{image.width} x {image.height}" for image in images})
+        raise InputError(f"pictures of one batch must have one size, not {', '.join(sizes[:4])}")
+    if size[0] % step or size[1] % step:
+        raise InputError(
+            f"a picture of {size[0]} x {size[1]} pixels does not divide into the VAE's steps of "
+            f"{step}: use sides that are multiples of {step}"
+        )
+    parameter = next(vae.parameters())
+    found = []
+    for batch in _batches(images, batch_size):
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in batch])
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(parameter.device)
+        values = (values.float() / 127.5 - 1).to(parameter.dtype)
+        found.append(vae.encode(values).latent_dist.mode())
+    return torch.cat(found)
+
+
+def _pretrained(cls: Any, repo: str, subfolder: str = "") -> Any:
+    """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
+    place = f"{repo}/{subfolder}" if subfolder else repo
+    local = os.path.isdir(repo)
+    if not local and _looks_local(repo):
+        raise HubError(
+            f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
+        )
+    options = {"subfolder": subfolder} if subfolder else {}
+    try:
+        return cls.from_pretrained(repo, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        kind = "directory" if local else "hub repository (is the network reachable?)"
+        raise HubError(
+            f"{cls.__name__} cannot be loaded from '{place}', a {kind}: {reason:.200}"
+        ) from error
+
+
+def _looks_local(repo: str) -> bool:
+    return repo.startswith((".", "/", "~")) or repo.count("/") != 1
+
+
+def _open_vae(repo: str) -> AutoencoderKL:
+    at_root = os.path.isfile(os.path.join(repo, "config.json"))
+    return _pretrained(AutoencoderKL, repo, "" if at_root else "vae")
+
+
+def _open_teacher(repo: str, folder: str, filename: str) -> UNet2DConditionModel:
+    if os.path.isfile(os.path.join(repo, folder, "config.json")):
+        return _pretrained(UNet2DConditionModel, repo, folder)
+    if os.path.isdir(repo):
+        path = Path(repo) / filename
+        if not path.is_file():
+            raise HubError(f"'{repo}' holds neither a folder '{folder}' nor the file '{filename}'")
+    elif _looks_local(repo):
+        raise HubError(f"there is no directory '{repo}' to load the teacher {folder} from")
+    else:
+        try:
+            path = Path(hf_hub_download(repo, filename))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise HubError(
+                f"'{filename}' cannot be fetched from the hub repository '{repo}' (is the network "
+                f"reachable?): {reason:.200}"
+            ) from error
+    beside = path.with_name("config.json")
+    config = UNet2DConditionModel.load_config(str(beside)) if beside.is_file() else _SD15_UNET
+    unet = UNet2DConditionModel.from_config(config)
+    try:
+        unet.load_state_dict(load_file(path))
+    except Exception as error:
+        raise HubError(f"'{path}' is not a {folder} teacher: {str(error)[:200]}") from error
+    return unet
