@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO under the training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,13 +62,16 @@ class DeepSpeedEngine:
         self._config, self._stage = config, zero_stage
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=_Autocast(model, self.device, config.dtype),
-            model_parameters=self._parameters,
-            optimizer=build_optimizer(self._parameters, config),
-            config=self._settings(),
-            dist_init_required=False,
-        )
+        # Wraps the process group that is there; DeepSpeed's calls need it.
+        deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
+        with _broadcast_scalars(model):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=_Autocast(model, self.device, config.dtype),
+                model_parameters=self._parameters,
+                optimizer=build_optimizer(self._parameters, config),
+                config=self._settings(),
+                dist_init_required=False,
+            )
 
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's config. Accumulation is the loop's, told by ``backward(last=)``."""
@@ -178,6 +182,23 @@ class DeepSpeedEngine:
                     **{key: torch.zeros_like(shard) for key in MOMENTS},
                 }
         self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _broadcast_scalars(model: nn.Module) -> Iterator[None]:
+    """Send rank 0's scalars to all and keep DeepSpeed from it.
+
+    DeepSpeed sends its tensors as bytes, and torch cannot view a 0-d tensor so.
+    """
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for parameter in scalars:
+        dist.broadcast(parameter.data, 0)
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in scalars:
+            del parameter.ds_optim_param  # type: ignore[attr-defined]
 
 
 class _Autocast(nn.Module):

@@ -1,0 +1,340 @@
+"""Training on Ray: workers around the library's training loop.
+
+Everything a run knows is in its directory::
+
+    checkpoints/   samples/   tb/   metrics.jsonl   final/   ray/
+
+``train`` continues from the latest complete checkpoint there, whether the run was stopped, a worker
+died or the number of workers was changed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tinyflux import errors
+from tinyflux.cache.dataset import CachedDataset
+from tinyflux.distributed.data import check_batch_size, read_held_out, split_rows, worker_steps
+from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
+from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.errors import CacheError, ConfigError, TinyFluxError, TrainingError
+from tinyflux.model.loader import save_model
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.trainer.checkpoint import (
+    TrainerState,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_partial,
+)
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import Engine, TorchEngine
+from tinyflux.trainer.loop import RunPaths, TrainLoop
+from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.util.config import from_dict, nearest, to_dict
+from tinyflux.util.files import atomic_write
+
+ENGINES = ("deepspeed", "torch")
+FINISHED = "training.json"  # in final/, written last
+
+
+@dataclass
+class WorkersConfig:
+    """The processes of a training run.
+
+    Attributes:
+        num_workers: processes, each with the whole model and its share of every batch.
+        cpus_per_worker: Ray CPUs, and threads, of each.
+        use_gpu: give each worker a GPU.
+        engine: ``"deepspeed"``, or ``"torch"`` for plain data parallelism.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer's state, 2 gradients too.
+        max_failures: how often dead workers are replaced before the run gives up.
+    """
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    use_gpu: bool = False
+    engine: str = "deepspeed"
+    zero_stage: int = 2
+    max_failures: int = 2
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(
+                f"workers.engine '{self.engine}' is unknown{nearest(self.engine, ENGINES)}: "
+                f"choose one of {', '.join(ENGINES)}"
+            )
+        if self.num_workers < 1 or self.cpus_per_worker <= 0 or self.max_failures < 0:
+            raise ConfigError(
+                "workers.num_workers must be at least 1, cpus_per_worker above 0 and "
+                "max_failures 0 or more"
+            )
+
+
+class TrainRun(Protocol):
+    """What :func:`train` reads of a RunConfig."""
+
+    run_dir: str
+    cache: Any
+    model: TinyFluxConfig
+    trainer: TrainerConfig
+    workers: WorkersConfig
+    zoo: ZooConfig
+
+
+@dataclass
+class _Job:
+    """What a worker is told, as plain data between processes.
+
+    Attributes:
+        attempt: names this call of :func:`train`, for its error file.
+    """
+
+    run_dir: str
+    cache_path: str
+    model: TinyFluxConfig
+    trainer: TrainerConfig
+    workers: WorkersConfig
+    zoo: ZooConfig
+    attempt: str
+
+    @property
+    def root(self) -> Path:
+        return Path(self.run_dir)
+
+    @property
+    def final(self) -> Path:
+        return self.root / "final"
+
+    @property
+    def error_file(self) -> Path:
+        return self.root / "ray" / f"{self.attempt}.error.json"
+
+    def paths(self) -> RunPaths:
+        """The run directory's layout; it stands in for the trainer's own paths."""
+        return RunPaths(
+            checkpoints=self.root / "checkpoints",
+            samples=self.root / "samples",
+            tensorboard=self.root / "tb",
+            metrics=self.root / "metrics.jsonl",
+        )
+
+    def open_cache(self) -> CachedDataset:
+        """The cache, checked against the model."""
+        dataset = CachedDataset(self.cache_path)
+        dataset.check(
+            self.model,
+            self.trainer.enable_lune and self.model.use_lune_expert,
+            self.trainer.enable_sol and self.model.use_sol_prior,
+        )
+        return dataset
+
+    def training_rows(self, dataset: CachedDataset) -> tuple[list[int], list[int]]:
+        """Rows to train on and rows held out."""
+        train_rows, held_out = split_rows(dataset.keys(), self.trainer.val_fraction)
+        if not train_rows:
+            raise CacheError(f"cache {self.cache_path} has no samples to train on")
+        return train_rows, held_out
+
+
+def train(run: TrainRun) -> Path:
+    """Train until ``trainer.total_steps``; at once if that is done.
+
+    Returns:
+        ``<run_dir>/final``: the EMA weights and config, for ``load_model``.
+
+    Raises:
+        TinyFluxError: what a user can mend; raised here whichever process found it.
+    """
+    job = _Job(
+        run_dir=os.path.abspath(run.run_dir),
+        cache_path=run.cache.path,
+        model=run.model,
+        trainer=run.trainer,
+        workers=run.workers,
+        zoo=run.zoo,
+        attempt=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+    )
+    if _finished(job):
+        print(f"training is finished: {job.final}", flush=True)
+        return job.final
+    check_batch_size(job.trainer, job.workers.num_workers)
+    if job.workers.engine == "deepspeed":
+        check_zero(job.trainer, job.workers.zero_stage)
+    job.training_rows(job.open_cache())
+
+    (job.root / "ray").mkdir(parents=True, exist_ok=True)
+    try:
+        _fit(job)
+    finally:
+        error = _read_error(job)
+        job.error_file.unlink(missing_ok=True)
+        if error is not None:
+            raise error from None
+    if not _finished(job):
+        raise TrainingError(
+            f"the workers ended without finishing the run in {job.run_dir}: see their logs"
+        )
+    return job.final
+
+
+def _fit(job: _Job) -> None:
+    """Run the workers."""
+    ensure_ray()
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = job.workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=to_dict(job),
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={
+                "CPU": workers.cpus_per_worker,
+                **({"GPU": 1} if workers.use_gpu else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.attempt,
+            storage_path=str(job.root / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TinyFluxError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise TrainingError(
+            f"training in {job.run_dir} stopped after {workers.max_failures} restarts: "
+            f"{type(error).__name__}: {reason[-1] if reason else 'no reason given'}"
+        ) from error
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One worker's whole life."""
+    import ray.train
+    import ray.train.torch
+
+    job = from_dict(_Job, settings, "the training job")
+    if job.error_file.exists():
+        return  # restarted after a failure that no restart mends; train() raises it
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(job.workers.cpus_per_worker)))
+    if not job.workers.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    with _reported(job):
+        _train_on(job, ray.train.torch.get_device(), rank, world_size)
+
+
+def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> None:
+    """Continue the run on this worker until it is done."""
+    config, paths, main = job.trainer, job.paths(), rank == 0
+    dataset = job.open_cache()
+    rows, held_out_rows = job.training_rows(dataset)
+
+    torch.manual_seed(config.seed)  # the same first weights on every worker
+    model = TinyFluxDeep(job.model).to(device)
+    path = latest_checkpoint(paths.checkpoints)
+    checkpoint = None if path is None else load_checkpoint(path)
+    state = TrainerState(seed=config.seed) if checkpoint is None else checkpoint.state
+    if checkpoint is not None:
+        checkpoint.load_model(model)
+        if state.seed != config.seed:
+            raise ConfigError(
+                f"the run in {job.run_dir} began with trainer.seed = {state.seed}, not "
+                f"{config.seed}: keep it, or use a new run_dir"
+            )
+    engine = _engine(job, model)
+    ema = None
+    if main:
+        ema = EMA(model, config.ema_decay) if checkpoint is None else checkpoint.load_ema(model)
+        ema.decay = config.ema_decay
+        remove_partial(paths.checkpoints)
+    if checkpoint is not None:
+        engine.load_optimizer_state(checkpoint.optimizer)
+        if main:
+            print(f"continuing from {path}", flush=True)
+
+    loop = TrainLoop(
+        engine,
+        config,
+        state,
+        ema,
+        paths if main else None,
+        dataset.null_text if config.text_dropout > 0 else None,
+        dataset.t_buckets,
+        read_held_out(dataset, held_out_rows) if main and config.validate_every else None,
+        _sampler(job, model, ema, device) if main and config.sample_every else None,
+    )
+    steps = prefetch(worker_steps(dataset, rows, config, rank, world_size, state.samples_seen))
+    try:
+        loop.run(steps)
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+    if ema is not None:
+        ema.copy_to(model)
+        save_model(model, job.final)
+        record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
+        atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
+
+
+def _engine(job: _Job, model: TinyFluxDeep) -> Engine:
+    if job.workers.engine == "torch":
+        return TorchEngine(model, job.trainer)
+    return DeepSpeedEngine(model, job.trainer, job.workers.zero_stage)
+
+
+def _sampler(
+    job: _Job, model: TinyFluxDeep, ema: EMA | None, device: torch.device
+) -> Sampler | None:
+    """A sampler for the grids, its encoders loaded now: a missing one must not end a run later."""
+    if not job.trainer.sample_prompts:
+        return None
+    zoo = job.zoo.build(job.model)
+    zoo.load_vae()
+    zoo.load_t5()
+    zoo.load_clip()
+    return Sampler(zoo, model, ema, device, job.trainer.dtype)
+
+
+def _finished(job: _Job) -> bool:
+    """Whether ``final/`` holds the result of all of the run's steps."""
+    try:
+        return json.loads((job.final / FINISHED).read_text())["step"] >= job.trainer.total_steps
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@contextmanager
+def _reported(job: _Job) -> Iterator[None]:
+    """Leave a user's error where the caller of :func:`train` finds it."""
+    try:
+        yield
+    except TinyFluxError as error:
+        record = {"type": type(error).__name__, "message": str(error)}
+        atomic_write(job.error_file, json.dumps(record).encode())
+        raise
+
+
+def _read_error(job: _Job) -> TinyFluxError | None:
+    """The error that a worker left, as it was raised there."""
+    if not job.error_file.exists():
+        return None
+    record = json.loads(job.error_file.read_text())
+    kind = getattr(errors, record["type"], TinyFluxError)
+    return kind(record["message"])
