@@ -1,4 +1,4 @@
-"""The manifest: what a dataset is made of. It is written last, and what it does not list is not there."""
+"""The manifest: what a dataset is made of. Written last; what it does not list is not there."""
 
 import dataclasses
 import hashlib

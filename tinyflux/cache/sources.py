@@ -202,9 +202,7 @@ def read_samples(data: DataConfig, sources: Iterable[Source]) -> list[Sample]:
         image = decode_picture(content, name)
         key = sample_key(content, source.caption)
         fitted = fit_picture(image, data, name)
-        samples.append(
-            Sample(key, fitted, source.caption, source.path, image.width, image.height)
-        )
+        samples.append(Sample(key, fitted, source.caption, source.path, image.width, image.height))
     return samples
 
 

@@ -15,7 +15,7 @@ from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.util.files import atomic_write
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import matplotlib.pyplot as plt
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -39,7 +39,9 @@ def _picture(path: Path) -> str:
 
 def _figure(path: Path, caption: str) -> str:
     text = html.escape(caption)
-    return f'<figure><img src="{_picture(path)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    return (
+        f'<figure><img src="{_picture(path)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    )
 
 
 def _chart(series: dict[str, tuple[list[float], list[float]]], ylabel: str) -> str:

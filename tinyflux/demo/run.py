@@ -110,7 +110,9 @@ def run_demo(fresh: bool) -> Path:
         StageFailed: a stage's command failed; what went wrong has been printed by it.
     """
     if not (ROOT / "ray_jobs").is_dir():
-        raise ConfigError("the demo runs from a checkout of TinyFlux: clone it and type `make demo`")
+        raise ConfigError(
+            "the demo runs from a checkout of TinyFlux: clone it and type `make demo`"
+        )
     run = load_run_config(ROOT / CONFIG)
     run_dir = Path(run.run_dir)
     if fresh and run_dir.exists():

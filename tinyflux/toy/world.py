@@ -1,8 +1,8 @@
 """The toy world: every frozen model that the library loads, in small, in its own folder.
 
-The classes and the ``save_pretrained`` format are those of the real repositories, opened by the same code; only the sizes
-differ. ``tinyflux/toy/world`` holds one that :mod:`tinyflux.toy.train_world` trained; tests build
-untrained ones in a second.
+The classes and the ``save_pretrained`` format are those of the real repositories and are opened by
+the same code; only the sizes differ. ``tinyflux/toy/world`` holds one that
+:mod:`tinyflux.toy.train_world` trained; tests build untrained ones in a second.
 """
 
 import dataclasses

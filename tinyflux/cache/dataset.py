@@ -1,0 +1,149 @@
+"""A finished dataset, opened and checked for training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyflux.cache.manifest import Manifest, sha256
+from tinyflux.cache.schema import GROUPS
+from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
+from tinyflux.errors import CacheError
+from tinyflux.model.config import TinyFluxConfig
+
+
+class CachedDataset:
+    """Random access to the rows of a dataset directory; memory stays bounded.
+
+    Raises:
+        CacheError: no manifest, a file that is missing or cut short, or a newer format.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        for file in self.manifest.files:
+            if not is_whole(self.path, file):
+                raise CacheError(
+                    f"the cache '{self.path}' is damaged: '{file.path}' is missing or not "
+                    f"{file.bytes} bytes long; delete the cache and build it again"
+                )
+        self._reader = ShardReader(self.path)
+        self._ends = np.cumsum([shard.rows for shard in self.manifest.shards])
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def t_buckets(self) -> Tensor:
+        """Student times ``[K]`` of the teacher features."""
+        return torch.tensor(self.manifest.recipe.t_buckets or ())
+
+    @property
+    def null_text(self) -> tuple[Tensor, Tensor] | None:
+        """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, fp32."""
+        file = self.manifest.null_text
+        return None if file is None else read_null_text(self.path, file)
+
+    def keys(self) -> list[str]:
+        """Every row's key, in order."""
+        return self._strings("rows", "key")
+
+    def captions(self) -> list[str]:
+        """Every row's caption, in order."""
+        return self._strings("rows", "caption")
+
+    def sources(self) -> list[str]:
+        """The picture file that every row came from, in order."""
+        return self._strings("rows", "source")
+
+    def _strings(self, group: str, column: str) -> list[str]:
+        shards = self.manifest.shards
+        return [text for shard in shards for text in self._reader.strings(shard, group, column)]
+
+    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Rows as fp32 tensors, in the order asked for.
+
+        Returns:
+            ``latents`` ``[B, C, h, w]``, ``t5_embeds`` ``[B, L, D]``, ``clip_pooled`` ``[B, P]``
+            and, where the dataset has them, ``lune`` ``[B, K, D]``, ``sol_stats`` ``[B, K, 4]``,
+            ``sol_spatial`` ``[B, K, s, s]``.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise CacheError(f"the cache '{self.path}' has rows 0 to {len(self) - 1} only")
+        shard_of = np.searchsorted(self._ends, wanted, side="right")
+        result: dict[str, Tensor] = {}
+        for number in np.unique(shard_of):
+            shard = self.manifest.shards[number]
+            places = np.nonzero(shard_of == number)[0]
+            rows = wanted[places] - (self._ends[number] - shard.rows)
+            for group, file in shard.files.items():
+                for column in GROUPS[group]:
+                    if group == "rows" or column not in file.columns:
+                        continue
+                    part = self._reader.tensor(shard, group, column, rows).float()
+                    if column not in result:
+                        result[column] = part.new_empty(len(wanted), *part.shape[1:])
+                    result[column][torch.from_numpy(places)] = part
+        return result
+
+    def check(self, model: TinyFluxConfig, use_lune: bool, use_sol: bool) -> None:
+        """Refuse to train ``model`` on a dataset that was made for another.
+
+        Raises:
+            CacheError: names the field that differs and both values.
+        """
+        recipe = self.manifest.recipe
+        for name in ("t5_layers", "max_text_length", "text_padding", "latent_shift"):
+            made, wanted = getattr(recipe, name), getattr(model, name)
+            if made is not None and made != wanted:
+                raise CacheError(
+                    f"the cache '{self.path}' was made with {name} = {_show(made)}, the model has "
+                    f"{_show(wanted)}: build another cache or change model.{name}"
+                )
+        widths = [("latents", "in_channels", 0), ("t5_embeds", "t5_hidden_size", 1)]
+        widths += [("clip_pooled", "pooled_projection_dim", 0)]
+        for teacher, used, column in (
+            ("lune", use_lune and model.use_lune_expert, "lune"),
+            ("sol", use_sol and model.use_sol_prior, "sol_stats"),
+        ):
+            if not used:
+                continue
+            if self.manifest.layout(column) is None:
+                raise CacheError(
+                    f"the cache '{self.path}' has no {teacher} features: build it with "
+                    f"cache.extract_{teacher} or set trainer.enable_{teacher}=false"
+                )
+            if teacher == "lune":
+                widths.append(("lune", "lune_expert_dim", 1))
+            else:
+                widths.append(("sol_spatial", "sol_spatial_size", 1))
+        for column, field, axis in widths:
+            layout = self.manifest.layout(column)
+            if layout is None:
+                raise CacheError(f"the cache '{self.path}' has no column '{column}'")
+            if layout.shape[axis] != getattr(model, field):
+                raise CacheError(
+                    f"the cache '{self.path}' holds {column} of width {layout.shape[axis]}, "
+                    f"model.{field} is {getattr(model, field)}"
+                )
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            CacheError: names the first file that differs.
+        """
+        for file in self.manifest.files:
+            if sha256((self.path / file.path).read_bytes()) != file.sha256:
+                raise CacheError(
+                    f"the cache '{self.path}' is damaged: the checksum of '{file.path}' differs; "
+                    f"delete the cache and build it again"
+                )
+
+
+def _show(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
