@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -64,7 +66,7 @@ def test_decays_rise_to_one_and_fall_to_the_floor(schedule):
     assert values[0] == 0
     assert values[10] == 1
     assert values[5] == 0.5
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
     assert values[100] == pytest.approx(0.1)
     assert values[119] == pytest.approx(0.1)
     assert schedule(0, 100, 0, 0.1) == 1

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -84,7 +85,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_batch(cuts):
     model, batch = student(), make_batch()
     whole, gradient = loss_and_gradient(model, [batch])
     edges = [0, *cuts, len(batch)]
-    parts = [batch[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [batch[a:b] for a, b in itertools.pairwise(edges)]
     cut, cut_gradient = loss_and_gradient(model, parts)
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6)

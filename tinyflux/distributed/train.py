@@ -175,11 +175,10 @@ def train(run: TrainRun) -> Path:
     (job.root / "ray").mkdir(parents=True, exist_ok=True)
     try:
         _fit(job)
-    finally:
-        error = _read_error(job)
-        job.error_file.unlink(missing_ok=True)
-        if error is not None:
-            raise error from None
+    except TrainingError as error:
+        raise (_take_error(job) or error) from error
+    if (left := _take_error(job)) is not None:
+        raise left
     if not _finished(job):
         raise TrainingError(
             f"the workers ended without finishing the run in {job.run_dir}: see their logs"
@@ -214,8 +213,6 @@ def _fit(job: _Job) -> None:
     )
     try:
         trainer.fit()
-    except TinyFluxError:
-        raise
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise TrainingError(
@@ -287,8 +284,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     finally:
         steps.close()  # type: ignore[attr-defined]
     if ema is not None:
-        ema.copy_to(model)
-        save_model(model, job.final)
+        save_model(model, job.final, ema.shadow)
         record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
         atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
 
@@ -331,10 +327,11 @@ def _reported(job: _Job) -> Iterator[None]:
         raise
 
 
-def _read_error(job: _Job) -> TinyFluxError | None:
-    """The error that a worker left, as it was raised there."""
+def _take_error(job: _Job) -> TinyFluxError | None:
+    """The error that a worker left, as it was raised there; its file goes."""
     if not job.error_file.exists():
         return None
     record = json.loads(job.error_file.read_text())
+    job.error_file.unlink()
     kind = getattr(errors, record["type"], TinyFluxError)
     return kind(record["message"])

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyflux.errors import CheckpointError
+from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.ema import EMA, check_tensors
 from tinyflux.util.config import from_dict, to_dict
@@ -90,8 +91,7 @@ def save_checkpoint(
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        save_file(_whole(model.state_dict()), partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2))
+        save_model(model, partial)
         ema.save(partial / "ema.safetensors", dtype=torch.float32)
         save_file(_whole(optimizer), partial / "optimizer.safetensors")
         (partial / STATE_FILE).write_text(json.dumps(to_dict(state), indent=2))

@@ -87,7 +87,7 @@ class TrainLoop:
         self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
         self._log: MetricLog | None = None
         self._uploader: Uploader | None = None
-        self._sums = torch.zeros(4, device=engine.device)
+        self._sums = torch.zeros(5, device=engine.device)  # losses, and of how many steps
         self._steps = self._samples = 0
         self._wait = self._busy = 0.0
         self._grid = (64, 64)  # that of the latest batch
@@ -130,6 +130,7 @@ class TrainLoop:
     def _step(self, item: StepData) -> Tensor:
         """One optimizer step; the gradient's norm."""
         size = sum(len(batch) for batch in item.micro_batches)
+        losses = torch.zeros(4, device=self.engine.device)
         self._grid = item.micro_batches[0].grid
         for index, batch in enumerate(item.micro_batches):
             loss = training_loss(
@@ -144,8 +145,11 @@ class TrainLoop:
             # The mean over the global batch, however it is cut.
             share = len(batch) / size
             self.engine.backward(loss.total * share, last=index + 1 == len(item.micro_batches))
-            self._sums += loss.stack() * share
+            losses += loss.stack() * share
         norm = self.engine.step(self.config.lr_at(self.state.step))
+        # A skipped step is no part of the means.
+        taken = norm.isfinite()
+        self._sums += torch.cat([torch.where(taken, losses, 0.0), taken.reshape(1).float()])
         if self.ema is not None:
             self.ema.update(self.engine.model)
         return norm
@@ -180,10 +184,9 @@ class TrainLoop:
     def _report(self, norm: Tensor) -> None:
         """Log the mean losses since the last report; the one place that waits for the device."""
         config, state = self.config, self.state
-        losses = self.engine.average(self._sums / max(1, self._steps))
-        total, main, lune, sol, norm_value = torch.cat(
-            [losses, norm.reshape(1).to(losses)]
-        ).tolist()
+        sums = self.engine.average(self._sums)
+        *losses, norm_value = torch.cat([sums[:4] / sums[4], norm.reshape(1).to(sums)]).tolist()
+        total, main, lune, sol = losses  # NaN if every step was skipped
         rate = self._samples / max(self._busy, 1e-9)
         seconds_left = (config.total_steps - state.step) * self._busy / max(1, self._steps)
         skipped, _ = self.engine.skips.read()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,10 +31,16 @@ class MetricLog:
         self._board = _board(tensorboard_dir, step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One record; numbers also go to TensorBoard."""
+        """One record, in which null is a number that is not finite; also for TensorBoard."""
+        values = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
+                if value is None:
+                    continue
                 self._board.add_scalar(_tag(name), value, step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:

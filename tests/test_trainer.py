@@ -1,0 +1,328 @@
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.test_sampling import FakeZoo
+from tests.test_step import MODEL, make_batch
+from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer import upload
+from tinyflux.trainer.checkpoint import latest_checkpoint, remove_partial
+from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.trainer import Trainer, TrainerConfig
+from tinyflux.trainer.validation import HeldOut
+
+
+class Encodings(Dataset):
+    def __init__(self, size=12):
+        self.batch = make_batch(size)
+
+    def __len__(self):
+        return len(self.batch)
+
+    def __getitem__(self, index):
+        names = ("latents", "t5_embeds", "clip_pooled")
+        return {**{name: getattr(self.batch, name)[index] for name in names}, "index": index}
+
+
+class Features:
+    """Teachers of the same samples."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def gather(self, local_indices, dataset_ids):
+        assert (dataset_ids == 0).all()
+        names = ("lune", "sol_stats", "sol_spatial", "lune_mask", "sol_mask")
+        return {name: getattr(self.batch, name)[local_indices] for name in names}
+
+
+def settings(directory, **changes):
+    return TrainerConfig(
+        **{
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "gradient_accumulation": 2,
+            "lune_warmup_steps": 0,
+            "sol_warmup_steps": 0,
+            "ema_decay": 0.9,
+            "checkpoint_dir": str(directory / "checkpoints"),
+            "tensorboard_dir": str(directory / "logs"),
+            "sample_dir": str(directory / "samples"),
+            "save_every_steps": None,
+            "log_every": 2,
+            "dtype": torch.float32,
+            **changes,
+        }
+    )
+
+
+def make_trainer(directory, batch_size=3, **changes):
+    torch.manual_seed(0)
+    data = Encodings()
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(directory, **changes))
+    trainer.setup(DataLoader(data, batch_size, shuffle=True), Features(data.batch))
+    return trainer
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def shadow(trainer):
+    return torch.cat([tensor.flatten() for tensor in trainer.ema.shadow.values()])
+
+
+def test_training_lowers_every_loss(tmp_path):
+    trainer = make_trainer(
+        tmp_path, 6, learning_rate=3e-3, total_steps=80, validate_every=80, text_dropout=0.0
+    )
+    seen = HeldOut([trainer._cache.batch], [[str(index) for index in range(12)]])
+    trainer.setup(trainer._dataloader, trainer._cache, held_out=seen)
+    trainer.train(epochs=100)
+    assert trainer.current_step == 80
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    first, last = (record for record in records if "val_velocity" in record)
+    for name in ("val_velocity", "val_velocity_ema", "val_lune", "val_sol"):
+        assert last[name] < 0.95 * first[name]
+    assert list((tmp_path / "logs").glob("events*"))
+
+
+def test_accumulation_trains_the_same_as_whole_batches(tmp_path):
+    cut = make_trainer(tmp_path / "a", batch_size=3, gradient_accumulation=2)
+    whole = make_trainer(tmp_path / "b", batch_size=6, gradient_accumulation=1)
+    for trainer in (cut, whole):
+        trainer.train(epochs=2)
+        assert trainer.current_step == 4
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-4, atol=2e-5)
+
+
+def test_a_short_last_batch_counts_by_its_samples(tmp_path):
+    cut = make_trainer(tmp_path / "a", batch_size=5, gradient_accumulation=3)
+    whole = make_trainer(tmp_path / "b", batch_size=12, gradient_accumulation=1)
+    for trainer in (cut, whole):
+        trainer.train(epochs=2)
+        assert trainer.current_step == 2
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimizer):
+    constant = {"lr_scheduler": "constant", "optimizer": optimizer}
+    straight = make_trainer(tmp_path / "a", **constant)
+    straight.train(epochs=4)
+    first = make_trainer(tmp_path / "b", total_steps=3, **constant)
+    first.train(epochs=4)
+    first.save_checkpoint(str(tmp_path / "checkpoint"))
+    torch.manual_seed(99)
+    second = make_trainer(tmp_path / "b", **constant)
+    second.load_checkpoint(str(tmp_path / "checkpoint"))
+    second.train(epochs=3)
+    assert torch.equal(weights(second), weights(straight))
+    assert torch.equal(shadow(second), shadow(straight))
+    steps = [r["step"] for r in read_metrics(tmp_path / "b" / "logs" / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path):
+    trainer = make_trainer(
+        tmp_path, save_every_steps=1, save_every_epochs=1, keep_last_n_steps=2, keep_last_n_epochs=1
+    )
+    trainer.train(epochs=3)
+    root = tmp_path / "checkpoints"
+    names = sorted(path.name for path in root.iterdir())
+    assert names == ["epoch_0003", "step_00000005", "step_00000006"]
+    (root / ".step_00000009.1.partial").mkdir()
+    (root / "step_00000008").mkdir()  # killed while it was deleted
+    assert latest_checkpoint(root) == root / "step_00000006"
+    remove_partial(root)
+    assert sorted(path.name for path in root.iterdir()) == names
+
+
+def test_a_checkpoint_opens_as_a_model(tmp_path):
+    from tinyflux.model.loader import load_model
+
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_checkpoint(str(tmp_path / "saved"))
+    loaded = load_model(str(tmp_path / "saved"), device="cpu", dtype=torch.float32)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), trainer.model.state_dict().values())  # noqa: B905
+    )
+
+
+def test_broken_and_foreign_checkpoints_are_refused_and_change_nothing(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = weights(trainer)
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        trainer.load_checkpoint(str(tmp_path / "nowhere"))
+    trainer.save_checkpoint(str(tmp_path / "saved"))
+    other = Trainer(
+        TinyFluxDeep(TinyFluxConfig(**{**vars(MODEL), "sol_hidden_dim": 8})), settings(tmp_path)
+    )
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        other.load_checkpoint(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
+        trainer.load_checkpoint(str(tmp_path / "saved"))
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_failed_write_leaves_earlier_checkpoints(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    target = tmp_path / "checkpoints" / "step_00000001"
+    trainer.save_checkpoint(str(target))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tinyflux.trainer.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints"):
+        trainer.save_checkpoint(str(target))
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    make_trainer(tmp_path).load_checkpoint(str(target))
+
+
+def test_non_finite_gradients_are_skipped_and_then_end_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_nonfinite_steps=3, total_steps=50)
+    before = weights(trainer)
+    trainer._dataloader.dataset.batch.latents[:] = float("inf")
+    with pytest.raises(TrainingError, match="not finite for 3 steps in a row"):
+        trainer.train(epochs=20)
+    assert torch.equal(weights(trainer), before)
+    assert trainer.current_step == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_one_bad_batch_costs_one_step(tmp_path, optimizer):
+    trainer = make_trainer(tmp_path, optimizer=optimizer, batch_size=3)
+    trainer._dataloader.dataset.batch.latents[4] = float("nan")
+    trainer.train(epochs=3)
+    assert weights(trainer).isfinite().all()
+    assert trainer._engine.skips.read()[0] == 3
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    assert records[-1]["skipped_steps"] == 3
+    assert "NaN" not in json.dumps(records)
+
+
+def test_samples_validation_and_their_logs(tmp_path):
+    batch = make_batch()
+    trainer = make_trainer(
+        tmp_path,
+        sample_every=2,
+        sample_prompts=["a cat", "a dog"],
+        sample_steps=2,
+        validate_every=2,
+        total_steps=4,
+    )
+    sampler = Sampler(FakeZoo(), trainer.model, trainer.ema, "cpu", torch.float32)
+    loader, cache = trainer._dataloader, trainer._cache
+    held_out = HeldOut([batch[:3]], [["a", "b", "c"]])
+    trainer.setup(loader, cache, sampler, held_out=held_out)
+    trainer.train(epochs=9)
+    assert sorted(p.name for p in (tmp_path / "samples").glob("*.png")) == [
+        "step_00000002.png",
+        "step_00000004.png",
+    ]
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    validated = [record for record in records if "val_velocity" in record]
+    assert [record["step"] for record in validated] == [0, 2, 4]
+    assert {"val_lune", "val_sol", "val_velocity_ema"} <= validated[0].keys()
+
+
+def test_neither_samples_nor_validation_change_training(tmp_path):
+    plain = make_trainer(tmp_path / "a")
+    plain.train(epochs=2)
+    watched = make_trainer(
+        tmp_path / "b", sample_every=1, sample_prompts=["a cat"], sample_steps=1, validate_every=1
+    )
+    sampler = Sampler(FakeZoo(), watched.model, watched.ema, "cpu", torch.float32)
+    batch = make_batch()
+    # The null caption would come from the sampler's zoo.
+    null = (torch.zeros(5, 24), torch.zeros(12))
+    watched.setup(
+        watched._dataloader, watched._cache, sampler, null, HeldOut([batch[:2]], [["a", "b"]])
+    )
+    watched.train(epochs=2)
+    assert torch.equal(weights(plain), weights(watched))
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"dtype": torch.bfloat16}])
+def test_memory_options_train_nearly_the_same(tmp_path, changes):
+    plain, other = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", **changes)
+    for trainer in (plain, other):
+        trainer.train(epochs=2)
+    assert other.model.img_in.weight.dtype == torch.float32
+    torch.testing.assert_close(weights(other), weights(plain), rtol=0.1, atol=5e-3)
+
+
+def test_a_model_in_half_precision_is_trained_in_fp32(tmp_path):
+    trainer = Trainer(TinyFluxDeep(MODEL).bfloat16(), settings(tmp_path))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_missing_pieces_are_named(tmp_path, monkeypatch):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    with pytest.raises(TrainingError, match=r"call Trainer\.setup"):
+        trainer.train()
+    items = [{"latents": torch.zeros(4, 2, 2)}]
+    trainer.setup(DataLoader(items))
+    with pytest.raises(InputError, match="no 't5_embeds'"):
+        trainer.train()
+    trainer.setup(DataLoader(items), Features(make_batch()))
+    with pytest.raises(InputError, match="no 'index'"):
+        trainer.train()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+        Trainer(TinyFluxDeep(MODEL), settings(tmp_path, optimizer="adamw_8bit"))
+
+
+def test_failing_uploads_are_logged_and_do_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append(repo_id)
+
+        def create_commit(self, repo_id, operations, commit_message):
+            calls.append(sorted(item.path_in_repo for item in operations))
+            if len(calls) == 2:
+                raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    trainer = make_trainer(tmp_path, hf_repo_id="me/model", upload_every_steps=2, total_steps=4)
+    with caplog.at_level("WARNING", logger=upload.__name__):
+        trainer.train(epochs=9)
+    assert "step_00000002 to me/model failed: offline" in caplog.text
+    assert calls[-1] == [
+        f"step_00000004/{name}" for name in ("config.json", "ema.safetensors", "model.safetensors")
+    ]
+
+
+def test_prefetch_keeps_order_passes_errors_and_ends(tmp_path):
+    assert list(prefetch(range(100))) == list(range(100))
+
+    def broken():
+        yield 1
+        raise ValueError("bad sample")
+
+    items = prefetch(broken())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="bad sample"):
+        next(items)
+    endless = prefetch(iter(int, 1))
+    next(endless)
+    endless.close()
+
+
+def test_metrics_survive_a_line_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
