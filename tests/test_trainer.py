@@ -82,6 +82,7 @@ def test_training_lowers_every_loss(tmp_path):
     trainer = make_trainer(
         tmp_path, 6, learning_rate=3e-3, total_steps=80, validate_every=80, text_dropout=0.0
     )
+    trainer._cache.batch.latents[:] = 2.0
     seen = HeldOut([trainer._cache.batch], [[str(index) for index in range(12)]])
     trainer.setup(trainer._dataloader, trainer._cache, held_out=seen)
     trainer.train(epochs=100)

@@ -1,0 +1,245 @@
+"""Real Ray Train and DeepSpeed on two workers, from a cache that Ray Data built."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
+from tinyflux.errors import CacheError, ConfigError, TrainingError
+from tinyflux.model.loader import load_model
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.trainer import Trainer
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("deepspeed")
+
+from tinyflux.cache.extract import CacheConfig  # noqa: E402
+from tinyflux.cache.sources import DataConfig  # noqa: E402
+from tinyflux.distributed import train as train_module  # noqa: E402
+from tinyflux.distributed.build import build_cache  # noqa: E402
+from tinyflux.distributed.train import WorkersConfig, train  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray and DeepSpeed leave sockets and deprecated calls behind.
+    pytest.mark.filterwarnings("default"),
+]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy world, and a cache of 40 pictures made with it."""
+    root = tmp_path_factory.mktemp("world")
+    make_world(root / "world")
+    pictures = root / "pictures"
+    pictures.mkdir()
+    for index in range(40):
+        color = (index * 6, 255 - index * 6, index % 5 * 50)
+        Image.new("RGB", (16, 16), color).save(pictures / f"{index:03d}.png")
+        caption = f"{CAPTIONS[index % len(CAPTIONS)]}"
+        (pictures / f"{index:03d}.txt").write_text(caption)
+    zoo = zoo_config(root / "world")
+    build_cache(
+        DataConfig(folder=str(pictures), height=16, width=16),
+        zoo,
+        CacheConfig(path=str(root / "cache"), cpus_per_actor=0.5, rows_per_shard=16),
+        student_config(),
+    )
+    yield SimpleNamespace(cache=str(root / "cache"), zoo=zoo)
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_run(world, tmp_path):
+    def make(name="run", workers=None, **changes):
+        trainer = TrainerConfig(
+            **{
+                "learning_rate": 1e-3,
+                "warmup_steps": 2,
+                "lune_warmup_steps": 4,
+                "sol_warmup_steps": 4,
+                "gradient_accumulation": 1,
+                "batch_size": 8,
+                "total_steps": STEPS,
+                "ema_decay": 0.9,
+                "save_every_steps": 4,
+                "log_every": 1,
+                "val_fraction": 0.2,
+                "dtype": torch.float32,
+                **changes,
+            }
+        )
+        workers = {"cpus_per_worker": 0.5, "num_workers": 2, **(workers or {})}
+        return SimpleNamespace(
+            run_dir=str(tmp_path / name),
+            cache=SimpleNamespace(path=world.cache),
+            model=student_config(),
+            trainer=trainer,
+            workers=WorkersConfig(**workers),
+            zoo=world.zoo,
+        )
+
+    return make
+
+
+def losses(run):
+    records = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    return torch.tensor([record["loss"] for record in records if "loss" in record])
+
+
+def final(run):
+    return load_file(Path(run.run_dir) / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_in_its_directory_and_returns_at_once_when_done(make_run):
+    run = make_run(validate_every=6, sample_every=6, sample_prompts=CAPTIONS[:2], sample_steps=2)
+    path = train(run)
+    root = Path(run.run_dir)
+    assert path == root / "final"
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (4, 8, 12)
+    ]
+    assert sorted(p.name for p in (root / "samples").glob("*.png")) == [
+        "step_00000006.png",
+        "step_00000012.png",
+    ]
+    assert list((root / "tb").iterdir())
+    records = read_metrics(root / "metrics.jsonl")
+    assert [r["step"] for r in records if "val_velocity_ema" in r] == [0, 6, 12]
+    model = load_model(str(path), device="cpu", dtype=torch.float32)
+    ema = load_file(root / "checkpoints" / "step_00000012" / "ema.safetensors")
+    assert same(dict(model.state_dict()), ema)
+
+    started = time.perf_counter()
+    assert train(run) == path
+    assert time.perf_counter() - started < 1
+
+
+def test_workers_accumulation_and_engines_train_alike(make_run):
+    runs = [
+        make_run("two"),
+        make_run("one", {"num_workers": 1}, gradient_accumulation=2),
+        make_run("torch", {"engine": "torch"}),
+        make_run("torch-one", {"engine": "torch", "num_workers": 1}),
+    ]
+    for run in runs:
+        train(run)
+    reference = final(runs[0])
+    for run in runs[1:]:
+        torch.testing.assert_close(losses(run), losses(runs[0]), rtol=1e-5, atol=1e-6)
+        for name, tensor in final(run).items():
+            torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make_run):
+    straight, killed = make_run("straight"), make_run("killed")
+    train(straight)
+    checkpoints = Path(killed.run_dir) / "checkpoints"
+    victims = []
+
+    def kill():
+        while not (checkpoints / "step_00000004").exists():
+            time.sleep(0.005)
+        for pid in worker_processes():
+            victims.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            return
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    train(killed)
+    thread.join(timeout=10)
+    assert victims
+    assert same(final(killed), final(straight))
+    steps = [r["step"] for r in read_metrics(Path(killed.run_dir) / "metrics.jsonl")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def worker_processes():
+    """The train workers of this test's Ray, by the names that Ray gives processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes()
+            parent = Path(path.parent, "status").read_text()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") and b"TrainWorker" in title and mine(parent):
+            found.append(int(path.parent.name))
+    return found
+
+
+def mine(status):
+    """Whether the process descends from this one."""
+    while True:
+        parent = int(
+            next(line for line in status.splitlines() if line.startswith("PPid")).split()[1]
+        )
+        if parent == os.getpid():
+            return True
+        if parent <= 1:
+            return False
+        try:
+            status = Path(f"/proc/{parent}/status").read_text()
+        except OSError:
+            return False
+
+
+def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run, tmp_path):
+    straight, resized = make_run("straight"), make_run("resized")
+    train(straight)
+    resized.trainer = replace(resized.trainer, total_steps=STEPS)
+    # Stop after 4 of the steps: as if the machine had gone.
+    train(replace_total(resized, 4))
+    resized.workers = replace(resized.workers, num_workers=1, engine="torch")
+    train(resized)
+    for name, tensor in final(resized).items():
+        torch.testing.assert_close(tensor, final(straight)[name], rtol=1e-3, atol=2e-4)
+    trainer = Trainer(load_model(f"{resized.run_dir}/final", device="cpu"), resized.trainer)
+    trainer.load_checkpoint(f"{straight.run_dir}/checkpoints/step_00000008")
+    assert trainer.current_step == 8
+
+
+def replace_total(run, steps):
+    return SimpleNamespace(**{**vars(run), "trainer": replace(run.trainer, total_steps=steps)})
+
+
+def test_user_errors_are_one_sentence_wherever_they_are_found(make_run, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"must be a multiple of .* 2 \* 3 = 6"):
+        train(make_run(gradient_accumulation=3))
+    with pytest.raises(ConfigError, match="stage 3"):
+        train(make_run(workers={"zero_stage": 3}))
+    run = make_run()
+    run.cache.path = str(tmp_path / "nowhere")
+    with pytest.raises(CacheError, match="nowhere"):
+        train(run)
+    run = make_run()
+    run.model = student_config(t5_layers=(2,))
+    with pytest.raises(CacheError, match="t5_layers"):
+        train(run)
+
+
+def test_an_error_inside_a_worker_reaches_the_caller(make_run):
+    run = make_run("diverging", total_steps=60, max_nonfinite_steps=2, learning_rate=1e38)
+    with pytest.raises(TrainingError, match="not finite for 2 steps in a row"):
+        train(run)
+    assert not (Path(run.run_dir) / "final").exists()
+    assert not list((Path(run.run_dir) / "ray").glob("*.json"))
+    assert json.dumps(read_metrics(Path(run.run_dir) / "metrics.jsonl"))
+    assert train_module.ENGINES == ("deepspeed", "torch")
