@@ -115,7 +115,7 @@ def write_report(run: RunConfig) -> Path:
     }
     losses = _series(metrics, total="loss", velocity="loss_main")
     heads = _series(metrics, Lune="loss_lune", Sol="loss_sol")
-    held_out = _series(metrics, EMA_weights="val_ema_main", raw_weights="val_main")
+    held_out = _series(metrics, EMA_weights="val_velocity_ema", raw_weights="val_velocity")
     loss = evaluation["held_out"]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>TinyFlux demo</title>
@@ -132,8 +132,8 @@ to their own caption's drawing<br><span class=note>untrained student
 {nearest["untrained"]["top1"]:.0%}, chance {1 / nearest["count"]:.0%};<br>among the five nearest:
 {nearest["trained"]["top5"]:.0%} against {nearest["untrained"]["top5"]:.0%}, chance
 {5 / nearest["count"]:.0%}</span></div>
-<div><div class=big>{loss["trained"]["main"]:.3f}</div>held-out velocity loss<br>
-<span class=note>untrained student {loss["untrained"]["main"]:.3f}; {loss["count"]} drawings never
+<div><div class=big>{loss["trained"]["val_velocity"]:.3f}</div>held-out velocity loss<br>
+<span class=note>untrained student {loss["untrained"]["val_velocity"]:.3f}; {loss["count"]} drawings never
 trained on</span></div>
 </div>
 
@@ -163,6 +163,6 @@ captions that it was trained on: a toy of this size and time remembers, it does 
 
 
 def _step_of(grid: Path) -> int:
-    """``samples_step_00001000.png`` -> 1000."""
+    """``step_00001000.png`` -> 1000."""
     digits = grid.stem.rsplit("_", 1)[-1]
     return int(digits) if digits.isdigit() else 0

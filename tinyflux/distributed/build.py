@@ -99,8 +99,6 @@ def build_cache(
 
 
 def _null_text(zoo: ZooConfig, model: TinyFluxConfig) -> tuple[Any, Any]:
-    from tinyflux.cache.extract import Extractor
-
     t5, pooled = Extractor(zoo.build(model)).text([""], allow_empty=True)
     return t5[0], pooled[0]
 

@@ -1,0 +1,11 @@
+"""Build a dataset with Ray Data.
+
+``python ray_jobs/build_cache.py --config FILE [--section.key VALUE]``
+"""
+
+import sys
+
+from tinyflux.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("cache"))

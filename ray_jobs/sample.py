@@ -1,0 +1,11 @@
+"""Draw pictures for prompts.
+
+``python ray_jobs/sample.py --config FILE [--section.key VALUE]``
+"""
+
+import sys
+
+from tinyflux.cli import run_job
+
+if __name__ == "__main__":
+    sys.exit(run_job("sample"))

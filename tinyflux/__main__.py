@@ -1,0 +1,7 @@
+"""``python -m tinyflux``."""
+
+import sys
+
+from tinyflux.cli import main
+
+sys.exit(main())

@@ -1,0 +1,124 @@
+"""The command line: every job of ``ray_jobs/`` is also a subcommand of ``tinyflux``."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tinyflux
+from tinyflux.errors import TinyFluxError
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+
+
+def _cache(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.distributed.build import build_cache
+
+    run = parse_run_config(arguments, "build_cache")
+    build_cache(run.data, run.zoo, run.cache, run.model)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config, save_run_config
+    from tinyflux.distributed.train import train
+
+    run = parse_run_config(arguments, "train")
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    save_run_config(run, Path(run.run_dir) / "config.yaml")
+    print(f"trained: {train(run)}", flush=True)
+
+
+def _sample(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.serving.batch import sample_prompts
+
+    run = parse_run_config(arguments, "sample")
+    sample_prompts(run.sample, run.zoo)
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.serving.app import run_server
+
+    run = parse_run_config(arguments, "serve")
+    run_server(run.serve, run.zoo)
+
+
+def _toy(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tinyflux toy")
+    commands = parser.add_subparsers(dest="command", required=True)
+    pictures = commands.add_parser("pictures", help="draw OpenMoji as a captioned picture folder")
+    pictures.add_argument("folder", type=Path)
+    pictures.add_argument("--size", type=int, default=32, help="side in pixels")
+    pictures.add_argument("--all", action="store_true", help="not only the demo's subset")
+    world = commands.add_parser("world", help="unpack the toy world of frozen models")
+    world.add_argument("folder", type=Path)
+    options = parser.parse_args(arguments)
+    if options.command == "pictures":
+        from tinyflux.toy.openmoji import ATTRIBUTION, in_demo, write_picture_folder
+
+        keep = (lambda _: True) if options.all else in_demo
+        count = sum(1 for _ in write_picture_folder(options.folder, options.size, keep))
+        subset = "every drawing without a skin tone" if options.all else "food, plants and shapes"
+        print(f"{count} captioned pictures ({subset}) of {options.size} px in {options.folder}")
+        print(ATTRIBUTION)
+    else:
+        from tinyflux.toy.world import unpack
+
+        print(f"toy world (trained on OpenMoji, ships with the package): {unpack(options.folder)}")
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tinyflux demo")
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    options = parser.parse_args(arguments)
+    from tinyflux.demo.run import run_demo
+
+    print(run_demo(options.fresh))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "cache": ("build a dataset from captioned pictures", _cache),
+    "train": ("train a student from a dataset", _train),
+    "sample": ("draw pictures for prompts", _sample),
+    "serve": ("answer prompts over HTTP", _serve),
+    "toy": ("the toy pictures and the toy world", _toy),
+    "demo": ("the whole system on real pictures, from a checkout", _demo),
+}
+
+
+def report_mistakes(command: Callable[[], None]) -> int:
+    """Run ``command``; a user's mistake is one sentence on stderr, without a traceback.
+
+    Returns:
+        The exit status: 0, 2 for a mistake, 130 when interrupted.
+    """
+    try:
+        command()
+    except TinyFluxError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("\nstopped: the same command continues from here", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run the command ``name`` and return its exit status; see :func:`report_mistakes`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return report_mistakes(lambda: COMMANDS[name][1](given))
+
+
+def main() -> int:
+    """``tinyflux COMMAND ...``."""
+    parser = argparse.ArgumentParser(
+        prog="tinyflux", description="Train, distil and serve a compact text-to-image model."
+    )
+    parser.add_argument("--version", action="version", version=tinyflux.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, _) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    options, rest = parser.parse_known_args()
+    return run_job(options.command, rest)

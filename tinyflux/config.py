@@ -1,0 +1,170 @@
+"""One YAML run file for every job, with overrides from the command line."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.sources import DataConfig
+from tinyflux.distributed.train import WorkersConfig
+from tinyflux.errors import ConfigError
+from tinyflux.model.config import TinyFluxConfig, preset
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.serving.batch import SampleConfig
+from tinyflux.serving.engine import ServeConfig
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.util import config as plain
+from tinyflux.util.config import dtype_name, nearest, parse_dtype
+from tinyflux.util.files import atomic_write
+
+register_type(torch.dtype, serializer=dtype_name, deserializer=parse_dtype)
+
+
+@dataclass
+class RunConfig:
+    """Everything about a run.
+
+    Attributes:
+        run_dir: where it writes.
+        preset: model settings to start from; ``model`` changes single ones.
+    """
+
+    run_dir: str = "runs/run"
+    preset: str = "default"
+    data: DataConfig = field(default_factory=DataConfig)
+    zoo: ZooConfig = field(default_factory=ZooConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    model: TinyFluxConfig = field(default_factory=TinyFluxConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
+def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux") -> RunConfig:
+    """``--config FILE`` and overrides such as ``--trainer.learning_rate 3e-4``.
+
+    Relative paths become absolute, so that workers elsewhere see the same places.
+
+    Raises:
+        ConfigError: one sentence that names the key or value.
+    """
+    names = set(_names(RunConfig()))
+    for argument in arguments:
+        if argument.startswith("--"):
+            _check_name(argument[2:].split("=", 1)[0], names | {"config", "help"}, "--")
+    for path in _config_files(arguments):
+        for name in _keys(_read_yaml(path)):
+            _check_name(name, names, f"{path}: ")
+    # The preset decides the model's defaults, so it is read first.
+    chosen = _parse(arguments, prog, TinyFluxConfig()).preset
+    values = _parse(arguments, prog, preset(chosen))
+    run = plain.from_dict(RunConfig, values.as_dict(), "the run's config")
+    _resolve_paths(run)
+    return run
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file at ``path``; see :func:`parse_run_config`."""
+    return parse_run_config(["--config", os.fspath(path), *overrides])
+
+
+def save_run_config(run: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write the resolved config as YAML; :func:`load_run_config` gives an equal one."""
+    text = yaml.safe_dump(plain.to_dict(run), sort_keys=False)
+    atomic_write(path, text.encode())
+
+
+def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML run file")
+    for item in dataclasses.fields(RunConfig):
+        default: Any = getattr(RunConfig(), item.name)
+        if item.name == "model":
+            default = model
+        parser.add_argument(f"--{item.name}", type=item.type, default=default)  # type: ignore[arg-type]
+    return parser
+
+
+def _parse(arguments: Sequence[str], prog: str, model: TinyFluxConfig) -> Namespace:
+    parser = _parser(prog, model)
+    try:
+        values = parser.parse_args(list(arguments))
+    except ConfigError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError("; ".join(lines[:3])) from error
+    del values["config"]
+    return values
+
+
+def _names(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every setting and section."""
+    for item in dataclasses.fields(value):
+        inner = getattr(value, item.name)
+        yield prefix + item.name
+        if dataclasses.is_dataclass(inner):
+            yield from _names(inner, f"{prefix}{item.name}.")
+
+
+def _keys(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _check_name(name: str, names: set[str], where: str) -> None:
+    if name not in names:
+        raise ConfigError(f"{where}{name} is not a setting{nearest(name, names)}")
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[str]:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            yield arguments[index + 1]
+        elif argument.startswith("--config="):
+            yield argument.split("=", 1)[1]
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the run file '{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"the run file '{path}' is not YAML: {first:.200}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"the run file '{path}' must hold settings by name")
+    return data
+
+
+def _resolve_paths(run: RunConfig) -> None:
+    run.run_dir = os.path.abspath(run.run_dir)
+    run.sample.checkpoint = run.sample.checkpoint or f"{run.run_dir}/final"
+    run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/pictures"
+    run.serve.checkpoint = run.serve.checkpoint or f"{run.run_dir}/final"
+    for section, name in (
+        (run.data, "folder"),
+        (run.cache, "path"),
+        (run.sample, "checkpoint"),
+        (run.sample, "output_dir"),
+        (run.sample, "prompts_file"),
+        (run.serve, "checkpoint"),
+        *((run.zoo, f"{repo}_repo") for repo in ("vae", "t5", "clip", "experts", "sd")),
+    ):
+        value = getattr(section, name)
+        # A name with one slash that is no file here is a hub repository.
+        local = value and "://" not in value and (os.path.exists(value) or value.count("/") != 1)
+        if local and ":" not in value:
+            setattr(section, name, os.path.abspath(value))

@@ -1,0 +1,1 @@
+"""Pictures on request: over HTTP, or for a list of prompts."""
