@@ -23,12 +23,14 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fafafa
        max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .35rem .6rem;
-  border-bottom: 1px solid #e4e4e4; vertical-align: top; } td.n { text-align: right; }
+  border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+td.n { text-align: right; }
 code { font-size: .85em; background: #eee; padding: .1em .3em; overflow-wrap: anywhere; }
 figure { display: inline-block; margin: .3rem; text-align: center; width: 6.5rem;
          vertical-align: top; font-size: .75rem; line-height: 1.2; }
 img { image-rendering: pixelated; max-width: 100%; } figure img { width: 6rem; height: 6rem; }
-.big { font-size: 2rem; font-weight: 600; } .figures { display: flex; gap: 2.5rem; flex-wrap: wrap; }
+.big { font-size: 2rem; font-weight: 600; }
+.figures { display: flex; gap: 2.5rem; flex-wrap: wrap; }
 .note { color: #555; font-size: .9rem; }
 """
 
@@ -133,8 +135,9 @@ to their own caption's drawing<br><span class=note>untrained student
 {nearest["trained"]["top5"]:.0%} against {nearest["untrained"]["top5"]:.0%}, chance
 {5 / nearest["count"]:.0%}</span></div>
 <div><div class=big>{loss["trained"]["val_velocity"]:.3f}</div>held-out velocity loss<br>
-<span class=note>untrained student {loss["untrained"]["val_velocity"]:.3f}; {loss["count"]} drawings never
-trained on</span></div>
+<span class=note>untrained student {loss["untrained"]["val_velocity"]:.3f}; {loss["count"]}
+drawings
+never trained on</span></div>
 </div>
 
 <h2>What it draws</h2>

@@ -223,7 +223,6 @@ def _run_actors(
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cache.cpus_per_actor,
         num_gpus=cache.gpus_per_actor or None,
-        max_restarts=-1,
     )
     yield from answers.iter_rows()
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -19,13 +20,21 @@ def ensure_ray() -> None:
         return
     # Ray would otherwise rebuild uv's environments on its own terms.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ray Train would print every line of a worker a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, object] = {"logging_level": logging.WARNING}
+    options: dict[str, Any] = {"logging_level": logging.WARNING}
     if address is None:
         root = str(Path(tinyflux.__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            "TQDM_DISABLE": "1",  # one bar per loaded model and worker
+        }
         options.update(
-            include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            runtime_env={"env_vars": environment},
         )
-    ray.init(address=address, log_to_driver=True, **options)
+    ray.init(address=address, **options)

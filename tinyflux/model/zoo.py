@@ -18,7 +18,13 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tinyflux.errors import ConfigError, HubError, InputError
 from tinyflux.model.config import TinyFluxConfig
@@ -103,13 +109,13 @@ class ModelZoo:
 
     def load_vae(self) -> AutoencoderKL:
         """The student's VAE."""
-        return self._load("vae", lambda: _open_vae(self.vae_repo))
+        return self._load("vae", lambda: _open_vae(self.vae_repo, self.dtype))
 
     def load_sd_vae(self) -> AutoencoderKL:
         """The teachers' VAE; the student's own module if both come from one place."""
         if self.sd_repo == self.vae_repo:
             return self.load_vae()
-        return self._load("sd_vae", lambda: _open_vae(self.sd_repo))
+        return self._load("sd_vae", lambda: _open_vae(self.sd_repo, self.dtype))
 
     def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
         """T5's tokenizer and encoder.
@@ -117,7 +123,9 @@ class ModelZoo:
         Raises:
             ConfigError: ``t5_layers`` names a layer that it has not.
         """
-        model = self._load("t5", lambda: _pretrained(T5EncoderModel, self.t5_repo))
+        model = self._load(
+            "t5", lambda: _pretrained(T5EncoderModel, self.t5_repo, dtype=self.dtype)
+        )
         last = model.config.num_layers
         if max(self.t5_layers) > last:
             raise ConfigError(
@@ -128,21 +136,25 @@ class ModelZoo:
 
     def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
         """CLIP's tokenizer and text model."""
-        model = self._load("clip", lambda: _pretrained(CLIPTextModel, self.clip_repo))
+        model = self._load(
+            "clip", lambda: _pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
+        )
         return self._tokenizer("clip", CLIPTokenizer, self.clip_repo), model
 
     def load_lune(self, filename: str = LUNE_FILENAME) -> UNet2DConditionModel:
         """The Lune teacher: folder ``lune/``, or else the file ``filename``."""
-        return self._load("lune", lambda: _open_teacher(self.experts_repo, "lune", filename))
+        return self._load("lune", lambda: self._open_teacher("lune", filename))
 
     def load_sol(self, filename: str = SOL_FILENAME) -> UNet2DConditionModel:
         """The Sol teacher: folder ``sol/``, or else the file ``filename``."""
-        return self._load("sol", lambda: _open_teacher(self.experts_repo, "sol", filename))
+        return self._load("sol", lambda: self._open_teacher("sol", filename))
+
+    def _open_teacher(self, name: str, filename: str) -> UNet2DConditionModel:
+        return _open_teacher(self.experts_repo, name, filename, self.dtype)
 
     def _load(self, name: str, opener: Callable[[], Any]) -> Any:
         if name not in self._models:
-            model = opener().eval().requires_grad_(False)
-            self._models[name] = model.to(device=self.device, dtype=self.dtype)
+            self._models[name] = opener().eval().requires_grad_(False).to(self.device)
         return self._models[name]
 
     def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:
@@ -382,7 +394,7 @@ def _encode(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int) 
     return torch.cat(found)
 
 
-def _pretrained(cls: Any, repo: str, subfolder: str = "") -> Any:
+def _pretrained(cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | None = None) -> Any:
     """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
     place = f"{repo}/{subfolder}" if subfolder else repo
     local = os.path.isdir(repo)
@@ -390,7 +402,9 @@ def _pretrained(cls: Any, repo: str, subfolder: str = "") -> Any:
         raise HubError(
             f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
         )
-    options = {"subfolder": subfolder} if subfolder else {}
+    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+    if dtype is not None:
+        options["dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"] = dtype
     try:
         return cls.from_pretrained(repo, **options)
     except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
@@ -405,14 +419,16 @@ def _looks_local(repo: str) -> bool:
     return repo.startswith((".", "/", "~")) or repo.count("/") != 1
 
 
-def _open_vae(repo: str) -> AutoencoderKL:
+def _open_vae(repo: str, dtype: torch.dtype) -> AutoencoderKL:
     at_root = os.path.isfile(os.path.join(repo, "config.json"))
-    return _pretrained(AutoencoderKL, repo, "" if at_root else "vae")
+    return _pretrained(AutoencoderKL, repo, "" if at_root else "vae", dtype)
 
 
-def _open_teacher(repo: str, folder: str, filename: str) -> UNet2DConditionModel:
+def _open_teacher(
+    repo: str, folder: str, filename: str, dtype: torch.dtype
+) -> UNet2DConditionModel:
     if os.path.isfile(os.path.join(repo, folder, "config.json")):
-        return _pretrained(UNet2DConditionModel, repo, folder)
+        return _pretrained(UNet2DConditionModel, repo, folder, dtype)
     if os.path.isdir(repo):
         path = Path(repo) / filename
         if not path.is_file():
@@ -435,4 +451,4 @@ def _open_teacher(repo: str, folder: str, filename: str) -> UNet2DConditionModel
         unet.load_state_dict(load_file(path))
     except Exception as error:
         raise HubError(f"'{path}' is not a {folder} teacher: {str(error)[:200]}") from error
-    return unet
+    return unet.to(dtype)
