@@ -1,6 +1,5 @@
 """Real Ray Train and DeepSpeed on two workers, from a cache that Ray Data built."""
 
-import json
 import os
 import signal
 import threading
@@ -26,7 +25,6 @@ pytest.importorskip("deepspeed")
 
 from tinyflux.cache.extract import CacheConfig  # noqa: E402
 from tinyflux.cache.sources import DataConfig  # noqa: E402
-from tinyflux.distributed import train as train_module  # noqa: E402
 from tinyflux.distributed.build import build_cache  # noqa: E402
 from tinyflux.distributed.train import WorkersConfig, train  # noqa: E402
 
@@ -202,15 +200,14 @@ def mine(status):
 
 
 def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run, tmp_path):
-    straight, resized = make_run("straight"), make_run("resized")
+    straight = make_run("straight", lr_scheduler="constant")
+    resized = make_run("resized", lr_scheduler="constant")
     train(straight)
-    resized.trainer = replace(resized.trainer, total_steps=STEPS)
-    # Stop after 4 of the steps: as if the machine had gone.
     train(replace_total(resized, 4))
     resized.workers = replace(resized.workers, num_workers=1, engine="torch")
     train(resized)
     for name, tensor in final(resized).items():
-        torch.testing.assert_close(tensor, final(straight)[name], rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(tensor, final(straight)[name], rtol=1e-4, atol=1e-5)
     trainer = Trainer(load_model(f"{resized.run_dir}/final", device="cpu"), resized.trainer)
     trainer.load_checkpoint(f"{straight.run_dir}/checkpoints/step_00000008")
     assert trainer.current_step == 8
@@ -237,9 +234,7 @@ def test_user_errors_are_one_sentence_wherever_they_are_found(make_run, monkeypa
 
 def test_an_error_inside_a_worker_reaches_the_caller(make_run):
     run = make_run("diverging", total_steps=60, max_nonfinite_steps=2, learning_rate=1e38)
-    with pytest.raises(TrainingError, match="not finite for 2 steps in a row"):
+    with pytest.raises(TrainingError, match=r"not finite for \d steps in a row"):
         train(run)
     assert not (Path(run.run_dir) / "final").exists()
     assert not list((Path(run.run_dir) / "ray").glob("*.json"))
-    assert json.dumps(read_metrics(Path(run.run_dir) / "metrics.jsonl"))
-    assert train_module.ENGINES == ("deepspeed", "torch")

@@ -327,3 +327,16 @@ def test_metrics_survive_a_line_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_model_trains_the_same_and_saves_plain_names(tmp_path):
+    plain = make_trainer(tmp_path / "a")
+    compiled = make_trainer(tmp_path / "b", compile_mode="default")
+    for trainer in (plain, compiled):
+        trainer.train()
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-3, atol=1e-4)
+    assert compiled.ema.shadow.keys() == plain.model.state_dict().keys()
+    compiled.save_checkpoint(str(tmp_path / "saved"))
+    plain.load_checkpoint(str(tmp_path / "saved"))
