@@ -99,7 +99,7 @@ def test_broken_files_are_explained(saved, tmp_path):
     _, directory = saved
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be read|can be read"):
+    with pytest.raises(CheckpointError, match=r"can be read"):
         load_model(directory, **CPU)
     (tmp_path / "evil.pt").write_bytes(b"\x80\x02cos\nsystem\n.")
     with pytest.raises(CheckpointError, match="can be read"):
@@ -110,6 +110,6 @@ def test_broken_files_are_explained(saved, tmp_path):
     (directory / "config.json").write_text('{"hiden_size": 3}')
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
         load_config(directory)
+    (directory / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        (directory / "config.json").unlink()
         load_model(directory / "model.safetensors", **CPU)

@@ -171,8 +171,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=9000)
-    parser.add_argument("--lune-steps", type=int, default=4000)
-    parser.add_argument("--sol-steps", type=int, default=3000)
+    parser.add_argument("--lune-steps", type=int, default=2500)
+    parser.add_argument("--sol-steps", type=int, default=1200)
     arguments = parser.parse_args()
     out: Path = arguments.out
 

@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyflux.cli import run_job
+from tinyflux.config import load_run_config, parse_run_config, save_run_config
+from tinyflux.errors import ConfigError
+from tinyflux.model.config import preset
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def test_the_demo_file_with_overrides():
+    run = parse_run_config(
+        ["--config", str(DEMO), "--trainer.learning_rate", "3e-4", "--trainer.dtype=bfloat16"]
+    )
+    assert run.trainer.learning_rate == 3e-4
+    assert run.trainer.dtype == torch.bfloat16
+    assert run.model == preset("toy")
+    assert Path(run.cache.path).is_absolute()
+    assert Path(run.zoo.t5_repo).is_absolute()
+
+
+def test_a_preset_gives_defaults_that_single_settings_change():
+    run = parse_run_config(["--preset", "tiny-flux-deep", "--model.freeze_sol", "true"])
+    assert run.model.hidden_size == 512
+    assert run.model.freeze_sol
+    assert run.zoo.t5_repo == "google/flan-t5-base"
+
+
+def test_a_resolved_config_is_read_back_equal(tmp_path):
+    run = load_run_config(DEMO, ["--workers.num_workers", "1"])
+    save_run_config(run, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.learning_rat", "3"], r"did you mean 'trainer\.learning_rate'\?"),
+        (["--trainer.learning_rate", "abc"], r"trainer\.learning_rate.*abc"),
+        (["--trainer.lr_scheduler", "cosin"], r"did you mean 'cosine'\?"),
+        (["--model.num_attention_heads", "5"], "does not divide"),
+        (["--model.axes_dims_rope", "[4, 4, 4]"], "add up to"),
+        (["--preset", "toi"], r"did you mean 'toy'\?"),
+        (["--config", "/nowhere.yaml"], "cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_run_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("trainer:\n  total_step: 3\n")
+    with pytest.raises(ConfigError, match=r"trainer\.total_step is not a setting \(did you mean"):
+        load_run_config(path)
+    path.write_text("trainer: [\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_run_config(path)
+
+
+def test_a_mistake_ends_a_job_with_status_2_and_no_traceback(capsys, tmp_path):
+    assert run_job("cache", ["--data.folder", str(tmp_path), "--cache.path", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "holds no pictures" in error
+    assert run_job("train", ["--cache.path", str(tmp_path), "--run_dir", str(tmp_path)]) == 2
+    assert "there is no cache at" in capsys.readouterr().err
+    assert run_job("sample", ["--run_dir", str(tmp_path), "--sample.prompts", "[red]"]) == 2
+    assert "error: there is no checkpoint" in capsys.readouterr().err
+
+
+def test_the_command_line_answers_quickly_and_without_torch():
+    code = "import tinyflux.cli, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tinyflux", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "0.1.0"
