@@ -70,6 +70,15 @@ def _toy(arguments: Sequence[str]) -> None:
 
 
 def _demo(arguments: Sequence[str]) -> None:
+    # Its last two stages are its own; the others are the jobs above.
+    if arguments and arguments[0] in ("evaluate", "report"):
+        from tinyflux.config import parse_run_config
+        from tinyflux.demo.evaluate import evaluate
+        from tinyflux.demo.report import write_report
+
+        stage = evaluate if arguments[0] == "evaluate" else write_report
+        print(stage(parse_run_config(arguments[1:], f"demo {arguments[0]}")))
+        return
     parser = argparse.ArgumentParser(prog="tinyflux demo")
     parser.add_argument("--fresh", action="store_true", help="start over")
     options = parser.parse_args(arguments)
@@ -88,14 +97,14 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 }
 
 
-def report_mistakes(command: Callable[[], None]) -> int:
-    """Run ``command``; a user's mistake is one sentence on stderr, without a traceback.
+def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one sentence on stderr, without a traceback.
 
     Returns:
         The exit status: 0, 2 for a mistake, 130 when interrupted.
     """
     try:
-        command()
+        COMMANDS[name][1](sys.argv[1:] if arguments is None else arguments)
     except TinyFluxError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
@@ -103,12 +112,6 @@ def report_mistakes(command: Callable[[], None]) -> int:
         print("\nstopped: the same command continues from here", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
-
-
-def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
-    """Run the command ``name`` and return its exit status; see :func:`report_mistakes`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return report_mistakes(lambda: COMMANDS[name][1](given))
 
 
 def main() -> int:

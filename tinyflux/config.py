@@ -90,7 +90,7 @@ def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
         default: Any = getattr(RunConfig(), item.name)
         if item.name == "model":
             default = model
-        parser.add_argument(f"--{item.name}", type=item.type, default=default)  # type: ignore[arg-type]
+        parser.add_argument(f"--{item.name}", type=item.type, default=default)
     return parser
 
 

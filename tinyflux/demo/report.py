@@ -67,7 +67,8 @@ def _series(metrics: list[dict[str, Any]], **names: str) -> dict[str, tuple[list
     for label, key in names.items():
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
-            lines[label.replace("_", " ")] = tuple(map(list, zip(*points, strict=True)))
+            steps, values = zip(*points, strict=True)
+            lines[label.replace("_", " ")] = (list(steps), list(values))
     return lines
 
 

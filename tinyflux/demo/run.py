@@ -55,7 +55,7 @@ class StageFailed(TinyFluxError):
 def stages(run: RunConfig) -> list[Stage]:
     """The demo's stages in order."""
     config = ["--config", str(CONFIG)]
-    demo = ["-m", "tinyflux.demo"]
+    demo = ["-m", "tinyflux", "demo"]
     return [
         Stage(
             "pictures",

@@ -116,7 +116,7 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
             """The models that are served."""
             return {"object": "list", "data": [{"id": APP_NAME, "object": "model"}]}
 
-    return Images.bind({"serve": to_dict(config), "zoo": to_dict(zoo)})
+    return Images.bind({"serve": to_dict(config), "zoo": to_dict(zoo)})  # type: ignore[attr-defined]
 
 
 def run_server(config: ServeConfig, zoo: ZooConfig) -> None:

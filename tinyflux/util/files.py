@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write ``data`` to ``path`` so that a crash at any moment leaves the old file or the new one.
 
     The bytes go to a temporary name in the same folder, are flushed to disk and renamed.
