@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import random
 import signal
 import threading
@@ -128,6 +129,8 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
     import ray
 
     ImageEngine(config, zoo)  # a mistake is told here, not by a replica that restarts for ever
+    # Ray Serve's five seconds are too few for a machine that is also training.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ensure_ray()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -140,7 +143,7 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
         print(f"serving {config.checkpoint} at {address} (docs at {address}/docs)", flush=True)
         stop.wait()
         print("serving ends", flush=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise TinyFluxError(f"the server could not start: {reason}") from error
     finally:
