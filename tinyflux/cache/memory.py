@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
-from tinyflux.cache.manifest import Manifest, Recipe
+from tinyflux.cache.manifest import Manifest, Recipe, ShardInfo
 from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
 from tinyflux.cache.shards import to_storage, write_null_text, write_shard
 from tinyflux.cache.sources import sample_key
@@ -31,7 +31,7 @@ def _save(
     if (directory / "manifest.json").exists():
         raise CacheError(f"there is a cache at '{path}' already: use another path or delete it")
     count = len(next(iter(columns.values())))
-    shards = []
+    shards: list[ShardInfo] = []
     for start in range(0, count, MAX_ROWS_PER_SHARD):
         part = {n: rows[start : start + MAX_ROWS_PER_SHARD] for n, rows in columns.items()}
         keys = [f"{row:08d}" for row in range(start, min(count, start + MAX_ROWS_PER_SHARD))]
@@ -214,7 +214,7 @@ class LuneFeatureCache(_TeacherCache):
         return cls(found["lune"], extractor.t_buckets, recipe=extractor.recipe())
 
     def get_features(self, indices: Tensor, timesteps: Tensor) -> Tensor:
-        """Features ``[B, D]``, fp32, of samples ``[B]`` at ``timesteps`` ``[B]``, linear in between."""
+        """Features ``[B, D]`` in fp32 of samples ``[B]`` at ``timesteps`` ``[B]``, interpolated."""
         return self._at(indices, timesteps)[0]
 
     @classmethod

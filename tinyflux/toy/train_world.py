@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from tinyflux.toy.openmoji import draw, list_emoji
 from tinyflux.toy.world import WorldSizes, build_untrained
@@ -187,6 +187,8 @@ def main() -> None:
     else:
         torch.manual_seed(arguments.seed)
         build_untrained(out, captions, arguments.seed, WorldSizes())
+        t5 = T5EncoderModel.from_pretrained(out / "t5", dtype=torch.float16)
+        t5.save_pretrained(out / "t5")
         record = {"seed": arguments.seed, "pictures": len(emoji), "picture_size": PICTURE_SIZE}
 
     def finish(stage: str, figures: dict[str, float], *models: tuple[Any, str]) -> None:
