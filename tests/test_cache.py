@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -5,20 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.worlds import make_world, student_config, zoo_config
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor
 from tinyflux.cache.manifest import Manifest
-from tinyflux.cache.shards import write_null_text, write_shard
-from tinyflux.cache.sources import DataConfig, list_sources, read_samples
-from tinyflux.errors import CacheError, InputError
+from tinyflux.cache.shards import ShardReader, write_null_text, write_shard
+from tinyflux.cache.sources import DataConfig, decode_picture, list_sources, read_samples
+from tinyflux.distributed.build import build_cache
+from tinyflux.errors import CacheError, ConfigError, InputError
+from tinyflux.trainer.cache_experts import EncodingCache
 
 CAPTIONS = ["red circle", "blue square", "green heart", "a yellow star", "white moon"]
 
@@ -94,6 +101,34 @@ def test_rows_come_back_bit_equal_in_any_order_and_layout(tmp_path, columns, row
     opened.verify()
 
 
+@given(
+    rows=st.integers(1, 9),
+    channels=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    length=st.integers(1, 6),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    trim=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_tensors_of_any_shape_come_back_bit_equal(
+    tmp_path_factory, rows, channels, size, length, dtype, trim, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(rows, channels, *size, generator=generator).to(dtype)
+    t5 = torch.randn(rows, length, 3, generator=generator).to(dtype)
+    for row, used in enumerate(torch.randint(0, length + 1, (rows,), generator=generator)):
+        t5[row, used:] = 0  # down to captions without a single token
+    directory = tmp_path_factory.mktemp("shard")
+    columns = {"latents": latents, "t5_embeds": t5, "clip_pooled": t5[:, 0]}
+    shard = write_shard(directory, "a", [str(row) for row in range(rows)], columns, trim)
+    order = torch.randint(0, rows, (5,), generator=generator)
+    reader = ShardReader(directory, max_open=1)
+    for name, group in (("latents", "latents"), ("t5_embeds", "text"), ("clip_pooled", "text")):
+        found = reader.tensor(shard, group, name, order.numpy())
+        assert found.dtype == dtype
+        assert torch.equal(found, columns[name][order])
+
+
 def test_features_do_not_depend_on_batch_or_order(world, columns):
     samples, values, _ = columns
     other = Extractor(zoo_config(world).build(student_config()), batch_size=5, batch_timesteps=True)
@@ -117,6 +152,115 @@ def test_a_shard_is_plain_parquet(dataset):
     assert field.metadata[b"tinyflux.dtype"] == b"float16"
     frame = pq.read_table(dataset / "shards" / "00000.rows.parquet").to_pandas()
     assert list(frame.caption) == CAPTIONS[:2]
+
+
+def test_duckdb_joins_the_groups_and_reads_the_numbers(dataset, columns):
+    duckdb = pytest.importorskip("duckdb")
+    shards = dataset / "shards"
+    rows = duckdb.sql(
+        f"select caption, latents, t5_length from '{shards}/*.rows.parquet' join "
+        f"'{shards}/*.latents.parquet' using (key) join '{shards}/*.text.parquet' using (key)"
+    ).fetchall()
+    found = {caption: (np.frombuffer(raw, "<f2"), tokens) for caption, raw, tokens in rows}
+    _, values, _ = columns
+    assert set(found) == set(CAPTIONS)
+    for caption, latent, t5 in zip(CAPTIONS, values["latents"], values["t5_embeds"], strict=True):
+        raw, tokens = found[caption]
+        assert np.array_equal(raw, latent.flatten().numpy())
+        assert t5[tokens - 1].any()
+        assert not t5[tokens:].any()
+
+
+def test_a_cache_made_of_tensors_says_that_it_has_no_captions(tmp_path):
+    EncodingCache(torch.ones(2, 4, 4, 4), torch.ones(2, 24, 16), torch.ones(2, 16)).save(
+        str(tmp_path / "memory")
+    )
+    opened = CachedDataset(tmp_path / "memory")
+    assert len(set(opened.keys())) == 2
+    with pytest.raises(CacheError, match="holds no captions"):
+        opened.captions()
+
+
+def test_a_build_leaves_other_peoples_directories_alone(tmp_path, pictures, world):
+    def build(path):
+        config = CacheConfig(str(path))
+        build_cache(data_config(pictures), zoo_config(world), config, student_config())
+
+    (tmp_path / "home" / "work").mkdir(parents=True)
+    precious = tmp_path / "home" / "work" / ".mine.tmp"
+    precious.write_text("not yours")
+    with pytest.raises(CacheError, match="holds other files and no cache"):
+        build(tmp_path / "home")
+    assert precious.exists()
+    assert len(list((tmp_path / "home").iterdir())) == 1
+
+    EncodingCache(torch.ones(2, 4, 4, 4), torch.ones(2, 24, 16), torch.ones(2, 16)).save(
+        str(tmp_path / "memory")
+    )
+    with pytest.raises(CacheError, match="no build job made"):
+        build(tmp_path / "memory")
+
+
+def test_more_rows_than_a_page_holds_are_refused():
+    with pytest.raises(ConfigError, match="rows_per_shard must be at most"):
+        CacheConfig(rows_per_shard=20000)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_of_every_mode_come_out_right():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    grey16 = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([1, 2, 3])
+    assert decode_picture(encoded(clear), "a").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_picture(encoded(grey16), "b").getpixel((0, 0)) == (128, 128, 128)
+    assert decode_picture(encoded(palette), "c").getpixel((0, 0)) == (1, 2, 3)
+    see_through = decode_picture(encoded(palette, transparency=0), "d")
+    assert see_through.getpixel((0, 0)) == (255, 255, 255)
+    cmyk = decode_picture(encoded(Image.new("CMYK", (8, 8)), "JPEG"), "e")
+    assert cmyk.getpixel((4, 4)) == (255, 255, 255)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode_picture(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=turned), "f").size == (
+        4,
+        8,
+    )
+
+
+def test_a_header_of_absurd_size_is_refused_without_the_memory():
+    data = bytearray(encoded(Image.new("L", (4, 4))))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(InputError, match="'huge' is too large"):
+        decode_picture(bytes(data), "huge")
+
+
+def test_crop_covers_then_cuts_the_middle(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", size=(16, 32))
+    wide = Image.new("RGB", (48, 16), "red")
+    wide.paste("blue", (16, 0, 32, 16))
+    wide.save(folder / "0.png")
+    data = DataConfig(str(folder), 16, 16, resize="crop")
+    samples = read_samples(data, list_sources(data))
+    assert {sample.image.size for sample in samples} == {(16, 16)}
+    assert (samples[0].width, samples[0].height) == (48, 16)
+    assert samples[0].image.getcolors() == [(256, (0, 0, 255))]
+
+
+def test_metadata_jsonl_captions_pictures(tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    (folder / "3.txt").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "3.png", "text": "a  pale star"}\n')
+    found = [source.caption for source in list_sources(data_config(folder))]
+    assert found == [*CAPTIONS[:3], "a pale star", CAPTIONS[4]]
+    (folder / "metadata.jsonl").write_text('{"file_name": "9.png", "text": "none"}\n')
+    with pytest.raises(InputError, match=r"lists '9\.png', which does not exist"):
+        list_sources(data_config(folder))
 
 
 def test_what_is_not_listed_does_not_exist(dataset, tmp_path):
@@ -220,19 +364,19 @@ from tests.worlds import student_config, zoo_config
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.distributed.build import build_cache
 if __name__ == "__main__":
-    pictures, world, out = map(Path, sys.argv[1:])
-    config = CacheConfig(str(out), num_actors=1, rows_per_shard=1, batch_size=2)
+    pictures, world, out = map(Path, sys.argv[1:4])
+    config = CacheConfig(str(out), num_actors=int(sys.argv[4]), rows_per_shard=1, batch_size=2)
     build_cache(data_config(pictures), zoo_config(world), config, student_config())
 """
 
 
-def start_build(tmp_path, pictures, world, out) -> subprocess.Popen:
+def start_build(tmp_path, pictures, world, out, actors=1) -> subprocess.Popen:
     script = tmp_path / "build.py"
     script.write_text(BUILD)
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "RAY_AUTH_MODE": "disabled"}
     return subprocess.Popen(
-        [sys.executable, str(script), str(pictures), str(world), str(out)],
+        [sys.executable, str(script), str(pictures), str(world), str(out), str(actors)],
         env=environment,
         cwd=root,
         start_new_session=True,
@@ -267,8 +411,6 @@ def test_a_build_killed_in_the_middle_continues_to_the_same_dataset(
     _, values, _ = columns
     for name, rows in opened.read(range(5)).items():
         torch.testing.assert_close(rows, values[name].float(), rtol=2e-3, atol=2e-3)
-
-    from tinyflux.distributed.build import build_cache
 
     other = CacheConfig(str(out), seed=5, rows_per_shard=1, batch_size=2)
     with pytest.raises(CacheError, match=r"cache\.seed = 0, this run has 5"):

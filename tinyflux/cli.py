@@ -1,6 +1,7 @@
 """The command line: every job of ``ray_jobs/`` is also a subcommand of ``tinyflux``."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,6 +104,9 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a mistake, 130 when interrupted.
     """
+    # Workers' lines pass through here; in a pipe or a file they would wait for a full block.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         COMMANDS[name][1](sys.argv[1:] if arguments is None else arguments)
     except TinyFluxError as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.cache.manifest import Manifest, sha256
-from tinyflux.cache.schema import GROUPS
+from tinyflux.cache.schema import GROUPS, KEY
 from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
@@ -49,7 +49,7 @@ class CachedDataset:
 
     def keys(self) -> list[str]:
         """Every row's key, in order."""
-        return self._strings("rows", "key")
+        return self._strings(self.manifest.groups[0], KEY)
 
     def captions(self) -> list[str]:
         """Every row's caption, in order."""
@@ -61,6 +61,8 @@ class CachedDataset:
 
     def _strings(self, group: str, column: str) -> list[str]:
         shards = self.manifest.shards
+        if group not in self.manifest.groups:
+            raise CacheError(f"the cache '{self.path}' holds no {column}s: it was made of tensors")
         return [text for shard in shards for text in self._reader.strings(shard, group, column)]
 
     def read(self, indices: Sequence[int]) -> dict[str, Tensor]:

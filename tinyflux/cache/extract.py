@@ -1,15 +1,16 @@
 """Pictures and captions to the columns of a dataset, in one process and without Ray."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tinyflux.cache.manifest import GroupInfo, ModelInfo, Recipe
-from tinyflux.cache.schema import Column
+from tinyflux.cache.schema import MAX_ROWS_PER_SHARD, Column
 from tinyflux.cache.shards import to_storage
 from tinyflux.cache.sources import Sample
 from tinyflux.errors import ConfigError
@@ -52,6 +53,11 @@ class CacheConfig:
         for name in ("num_actors", "batch_size", "rows_per_shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache.{name} must be at least 1, not {getattr(self, name)}")
+        if self.rows_per_shard > MAX_ROWS_PER_SHARD:
+            raise ConfigError(
+                f"cache.rows_per_shard must be at most {MAX_ROWS_PER_SHARD}, not "
+                f"{self.rows_per_shard}"
+            )
         if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
             raise ConfigError("cache.cpus_per_actor and cache.gpus_per_actor must not be negative")
 
@@ -96,6 +102,15 @@ class Extractor:
             keys = [sample.key for sample in samples]
             columns.update(self.teachers(keys, latents, captions))
         return columns
+
+    def join(self, batches: Iterable[Sequence[Sample]]) -> tuple[list[str], dict[str, Column]]:
+        """Keys and columns of all samples; only one batch's pictures are needed at a time."""
+        keys: list[str] = []
+        parts: list[dict[str, Column]] = []
+        for samples in batches:
+            keys += [sample.key for sample in samples]
+            parts.append(self(samples))
+        return keys, {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def latents(self, images: list[Image.Image]) -> Tensor:
         """``[N, C, h, w]`` fp16."""
@@ -201,6 +216,13 @@ class Extractor:
             latent_scale=zoo.vae_scale,
             groups=groups,
         )
+
+
+def _concatenate(parts: Sequence[Any]) -> Column:
+    """Tensors or lists, one after another."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return [value for part in parts for value in part]
 
 
 def extractor_for(zoo: ModelZoo, config: CacheConfig) -> Extractor:

@@ -1,0 +1,56 @@
+"""The build job on a real Ray, against the same extraction without it."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.test_cache import CAPTIONS, data_config, start_build, write_pictures
+from tests.worlds import make_world, student_config, zoo_config
+from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.extract import Extractor
+from tinyflux.cache.sources import list_sources, read_samples
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_ray_builds_what_a_bare_loop_builds_and_goes_on_after_a_mended_picture(tmp_path, world):
+    pictures, out = write_pictures(tmp_path / "pictures"), tmp_path / "cache"
+    shutil.copy(pictures / "4.png", tmp_path / "whole.png")
+    (pictures / "4.png").write_bytes(b"nothing")
+    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) != 0
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("receipts/*.json")}
+
+    # Another mending of the folder: only what changed is made again.
+    shutil.copy(tmp_path / "whole.png", pictures / "4.png")
+    assert start_build(tmp_path, pictures, world, out, actors=2).wait(timeout=240) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    opened, data = CachedDataset(out), data_config(pictures)
+    opened.verify()
+    assert opened.captions() == CAPTIONS
+    torch.set_num_threads(1)  # as in an actor of one CPU
+    extractor = Extractor(zoo_config(world).build(student_config()), batch_size=2)
+    # Shards of one row: batches of one.
+    batches = ([sample] for sample in read_samples(data, list_sources(data)))
+    keys, columns = extractor.join(batches)
+    assert opened.keys() == keys
+    assert opened.manifest.recipe == extractor.recipe()
+    for name, rows in opened.read(range(5)).items():
+        assert torch.equal(rows, columns[name].float()), name
+    t5, pooled = extractor.text([""], allow_empty=True)
+    assert torch.equal(opened.null_text[0], t5[0].float())
+    assert torch.equal(opened.null_text[1], pooled[0].float())
+
+    # A finished dataset is left as it is, until its pictures are others.
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) == 0
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    (pictures / "0.txt").write_text("another caption")
+    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) != 0
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
