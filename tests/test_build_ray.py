@@ -8,8 +8,10 @@ import torch
 from tests.test_cache import CAPTIONS, data_config, start_build, write_pictures
 from tests.worlds import make_world, student_config, zoo_config
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import Extractor
+from tinyflux.cache.extract import CacheConfig, Extractor
 from tinyflux.cache.sources import list_sources, read_samples
+from tinyflux.distributed.build import build_cache
+from tinyflux.errors import CacheError
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +28,7 @@ def test_ray_builds_what_a_bare_loop_builds_and_goes_on_after_a_mended_picture(t
     assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) != 0
     kept = {path: path.stat().st_mtime_ns for path in out.glob("receipts/*.json")}
 
-    # Another mending of the folder: only what changed is made again.
+    # Only what has no receipt, or another picture by now, is made.
     shutil.copy(tmp_path / "whole.png", pictures / "4.png")
     assert start_build(tmp_path, pictures, world, out, actors=2).wait(timeout=240) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -47,10 +49,10 @@ def test_ray_builds_what_a_bare_loop_builds_and_goes_on_after_a_mended_picture(t
     assert torch.equal(opened.null_text[0], t5[0].float())
     assert torch.equal(opened.null_text[1], pooled[0].float())
 
-    # A finished dataset is left as it is, until its pictures are others.
-    stamp = (out / "manifest.json").stat().st_mtime_ns
-    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) == 0
-    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    # A finished dataset is left as it is, without Ray, until its pictures are others.
+    config = CacheConfig(str(out), num_actors=1, rows_per_shard=1, batch_size=2)
+    again = build_cache(data, zoo_config(world), config, student_config())
+    assert again == opened.manifest
     (pictures / "0.txt").write_text("another caption")
-    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) != 0
-    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(CacheError, match="other pictures or captions"):
+        build_cache(data, zoo_config(world), config, student_config())
