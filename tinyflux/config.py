@@ -152,7 +152,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _resolve_paths(run: RunConfig) -> None:
     run.run_dir = os.path.abspath(run.run_dir)
     run.sample.checkpoint = run.sample.checkpoint or f"{run.run_dir}/final"
-    run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/pictures"
+    run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/drawn"
     run.serve.checkpoint = run.serve.checkpoint or f"{run.run_dir}/final"
     for section, name in (
         (run.data, "folder"),

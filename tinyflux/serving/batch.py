@@ -28,7 +28,7 @@ class SampleConfig:
         height, width: in latents; a picture is the VAE's downscale times larger.
         seed: the i-th prompt uses ``seed + i``.
         checkpoint: a directory, file or hub repository; None is the run's ``final``.
-        output_dir: None is ``samples`` beside the checkpoint.
+        output_dir: None is ``drawn`` in the run directory.
         batch_size: pictures drawn at once.
     """
 
