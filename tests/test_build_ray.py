@@ -10,10 +10,8 @@ from tests.worlds import make_world, student_config, zoo_config
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor
 from tinyflux.cache.sources import list_sources, read_samples
-from tinyflux.distributed.build import build_cache
-from tinyflux.errors import CacheError
-
-pytestmark = pytest.mark.slow
+from tinyflux.distributed.build import build_cache, refuse_impossible_actor
+from tinyflux.errors import CacheError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +19,17 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+def test_an_actor_that_this_machine_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    refuse_impossible_actor(CacheConfig(cpus_per_actor=2))
+    with pytest.raises(ConfigError, match=r"cpus_per_actor is 4, but this machine has 2 CPUs"):
+        refuse_impossible_actor(CacheConfig(cpus_per_actor=4))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # a cluster may grow
+    refuse_impossible_actor(CacheConfig(cpus_per_actor=4))
+
+
+@pytest.mark.slow
 def test_ray_builds_what_a_bare_loop_builds_and_goes_on_after_a_mended_picture(tmp_path, world):
     pictures, out = write_pictures(tmp_path / "pictures"), tmp_path / "cache"
     shutil.copy(pictures / "4.png", tmp_path / "whole.png")

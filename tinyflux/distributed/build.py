@@ -8,6 +8,8 @@ captions are others by now.
 
 import hashlib
 import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +257,8 @@ def _run_actors(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    refuse_impossible_actor(cache)
     actors = min(cache.num_actors, len(shards))
     rows = [{"name": name, "sources": packed} for name, packed in shards.items()]
     configs = {
@@ -272,6 +276,21 @@ def _run_actors(
         num_gpus=cache.gpus_per_actor or None,
     )
     yield from answers.iter_rows()
+
+
+def refuse_impossible_actor(cache: CacheConfig) -> None:
+    """An actor that no machine can hold would be waited for without end.
+
+    A cluster may yet grow; this machine will not.
+    """
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    for kind, name in (("CPU", "cpus_per_actor"), ("GPU", "gpus_per_actor")):
+        most, wanted = ray.cluster_resources().get(kind, 0), getattr(cache, name)
+        if wanted > most:
+            raise ConfigError(f"cache.{name} is {wanted}, but this machine has {most:g} {kind}s")
 
 
 def _known_error(kind: str, message: str) -> Exception:
