@@ -225,6 +225,7 @@ def test_positions_are_rows_then_columns():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, in its compiler
 def test_compiled_model_agrees():
     config = small(num_double_layers=1, num_single_layers=1)
     model, given = randomised(config), inputs(config)

@@ -163,7 +163,8 @@ def test_pictures_and_mistakes_over_http(address, engine):
         answer = httpx.post(f"{address}/generate", json=sent, timeout=60)
         assert answer.status_code == status, answer.text
         assert part in answer.json()["error"]["message"]
-    answer = httpx.post(f"{address}/generate", content=b"{not json")
+    as_json = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/generate", content=b"{not json", headers=as_json)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "the body is not valid JSON"
     answer = httpx.post(f"{address}/generate", json={"prompt": "a" * 100_000})
