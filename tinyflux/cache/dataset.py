@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.cache.manifest import Manifest, sha256
-from tinyflux.cache.schema import GROUPS, KEY
+from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
@@ -31,7 +31,7 @@ class CachedDataset:
                     f"{file.bytes} bytes long; delete the cache and build it again"
                 )
         self._reader = ShardReader(self.path)
-        self._ends = np.cumsum([shard.rows for shard in self.manifest.shards])
+        self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -51,27 +51,48 @@ class CachedDataset:
         """Every row's key, in order."""
         return self._strings(self.manifest.groups[0], KEY)
 
+    def pictures(self) -> list[str]:
+        """Digest of every row's picture, in order; of a dataset made of tensors, its keys."""
+        return self._strings(ROWS, "picture") if ROWS in self.manifest.groups else self.keys()
+
     def captions(self) -> list[str]:
         """Every row's caption, in order."""
-        return self._strings("rows", "caption")
+        return self._strings(ROWS, "caption")
 
     def sources(self) -> list[str]:
         """The picture file that every row came from, in order."""
-        return self._strings("rows", "source")
+        return self._strings(ROWS, "source")
 
     def _strings(self, group: str, column: str) -> list[str]:
-        shards = self.manifest.shards
         if group not in self.manifest.groups:
             raise CacheError(f"the cache '{self.path}' holds no {column}s: it was made of tensors")
-        return [text for shard in shards for text in self._reader.strings(shard, group, column)]
+        found: list[str] = []
+        for shard in self.manifest.shards:
+            texts, dropped = self._reader.strings(shard, group, column), set(shard.dropped)
+            found += [text for row, text in enumerate(texts) if row not in dropped]
+        return found
+
+    def grids(self) -> list[tuple[tuple[int, int], range]]:
+        """Runs of rows with latents of one height and width, in order."""
+        found: list[tuple[tuple[int, int], range]] = []
+        for shard, end in zip(self.manifest.shards, self._ends.tolist(), strict=True):
+            height, width = shard.files["latents"].columns["latents"].shape[1:]
+            start = end - shard.samples
+            if found and found[-1][0] == (height, width):
+                start = found.pop()[1].start
+            found.append(((height, width), range(start, end)))
+        return found
 
     def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Rows as fp32 tensors, in the order asked for.
 
         Returns:
             ``latents`` ``[B, C, h, w]``, ``t5_embeds`` ``[B, L, D]``, ``clip_pooled`` ``[B, P]``
-            and, where the dataset has them, ``lune`` ``[B, K, D]``, ``sol_stats`` ``[B, K, 4]``,
-            ``sol_spatial`` ``[B, K, s, s]``.
+            and, where the dataset has them, ``mask`` ``[B, h, w]``, ``lune`` ``[B, K, D]``,
+            ``sol_stats`` ``[B, K, 4]``, ``sol_spatial`` ``[B, K, s, s]``.
+
+        Raises:
+            CacheError: there is no such row, or the rows' latents have several sizes.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
@@ -81,14 +102,21 @@ class CachedDataset:
         for number in np.unique(shard_of):
             shard = self.manifest.shards[number]
             places = np.nonzero(shard_of == number)[0]
-            rows = wanted[places] - (self._ends[number] - shard.rows)
+            rows = wanted[places] - (self._ends[number] - shard.samples)
+            if shard.dropped:
+                rows = np.delete(np.arange(shard.rows), shard.dropped)[rows]
             for group, file in shard.files.items():
                 for column in GROUPS[group]:
-                    if group == "rows" or column not in file.columns:
+                    if group == ROWS or column not in file.columns:
                         continue
                     part = self._reader.tensor(shard, group, column, rows).float()
                     if column not in result:
                         result[column] = part.new_empty(len(wanted), *part.shape[1:])
+                    elif result[column].shape[1:] != part.shape[1:]:
+                        raise CacheError(
+                            f"the rows asked for have {column} of several sizes: read the rows of "
+                            f"one size at a time"
+                        )
                     result[column][torch.from_numpy(places)] = part
         return result
 

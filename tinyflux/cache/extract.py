@@ -1,28 +1,47 @@
 """Pictures and captions to the columns of a dataset, in one process and without Ray."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyflux.cache.keys import Size
 from tinyflux.cache.manifest import GroupInfo, ModelInfo, Recipe
-from tinyflux.cache.schema import MAX_ROWS_PER_SHARD, Column
-from tinyflux.cache.shards import to_storage
-from tinyflux.cache.sources import Sample
-from tinyflux.errors import ConfigError
-from tinyflux.model.teachers import lune_features, sol_features
+from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
+from tinyflux.errors import CacheError, ConfigError
+from tinyflux.model.teachers import SPATIAL_SIZE, lune_features, sol_features
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util.buckets import default_buckets
-from tinyflux.util.config import dtype_name
+from tinyflux.util.config import dtype_name, to_dict
 from tinyflux.util.predictions import flow_x_t
 from tinyflux.util.seeding import randn_for
 
 # Raise a number when the code of its group changes what it computes.
-CODE_VERSIONS = {"latents": 1, "text": 1, "lune": 1, "sol": 1}
+CODE_VERSIONS = {"latents": 1, "mask": 1, "text": 1, "lune": 1, "sol": 1}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A captioned picture ready for the encoders.
+
+    Attributes:
+        key: what this sample's randomness comes from; see :mod:`tinyflux.cache.keys`.
+        image: RGB, at the size of its batch; None where only the caption is encoded.
+        mask: its foreground (mode L), of the same size; None means all of it.
+    """
+
+    key: str
+    caption: str
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
 
 
 @dataclass
@@ -35,7 +54,8 @@ class CacheConfig:
         num_actors: Ray actors, each with all models; ``cpus_per_actor`` and ``gpus_per_actor``
             are what Ray reserves for one.
         batch_size: pictures per forward.
-        rows_per_shard: samples that are committed together.
+        rows_per_shard: the most samples that are committed together; shards are cut where their
+            content says, so most are somewhat smaller.
         seed: of the noise that teachers see.
     """
 
@@ -66,7 +86,8 @@ class Extractor:
     """Runs the frozen models over samples.
 
     A sample's features depend on its picture, its caption and the seed, up to kernel rounding:
-    not on its batch, nor on who computes it.
+    not on its batch, nor on who computes it. All are given in fp16, and may overflow there: see
+    :func:`tinyflux.cache.shards.finite_rows`.
     """
 
     def __init__(
@@ -77,7 +98,7 @@ class Extractor:
         seed: int = 0,
         batch_size: int = 32,
         t_buckets: Tensor | None = None,
-        spatial_size: int = 8,
+        spatial_size: int = SPATIAL_SIZE,
         batch_timesteps: bool = False,
     ):
         self.zoo, self.lune, self.sol, self.seed = zoo, lune, sol, seed
@@ -85,85 +106,101 @@ class Extractor:
         self.batch_timesteps = batch_timesteps
         self.t_buckets = default_buckets() if t_buckets is None else t_buckets
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Column]:
-        """Every column of ``samples`` but their keys, tensors in fp16."""
-        images = [sample.image for sample in samples]
+    def columns(self, groups: Collection[str], samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The columns of ``groups`` (``schema.GROUPS``) for samples of one size."""
+        found: dict[str, Tensor] = {}
         captions = [sample.caption for sample in samples]
-        columns: dict[str, Column] = {
-            "caption": captions,
-            "source": [sample.source for sample in samples],
-            "width": [sample.width for sample in samples],
-            "height": [sample.height for sample in samples],
-            "latents": self.latents(images),
-        }
-        columns["t5_embeds"], columns["clip_pooled"] = self.text(captions)
-        if self.lune or self.sol:
-            latents = self.teacher_latents(images)
+        images = [sample.image for sample in samples if sample.image is not None]
+        if "latents" in groups:
+            found["latents"] = self.latents(images)
+        if "mask" in groups:
+            found["mask"] = self.masks([sample.mask for sample in samples], images[0].size)
+        if "text" in groups:
+            found["t5_embeds"], found["clip_pooled"] = self.text(captions)
+        if teachers := [name for name in ("lune", "sol") if name in groups]:
             keys = [sample.key for sample in samples]
-            columns.update(self.teachers(keys, latents, captions))
-        return columns
-
-    def join(self, batches: Iterable[Sequence[Sample]]) -> tuple[list[str], dict[str, Column]]:
-        """Keys and columns of all samples; only one batch's pictures are needed at a time."""
-        keys: list[str] = []
-        parts: list[dict[str, Column]] = []
-        for samples in batches:
-            keys += [sample.key for sample in samples]
-            parts.append(self(samples))
-        return keys, {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
+            latents = self.teacher_latents(images)
+            found.update(self.teachers(keys, latents, captions, teachers))
+        return found
 
     def latents(self, images: list[Image.Image]) -> Tensor:
-        """``[N, C, h, w]`` fp16."""
-        return to_storage(self.zoo.encode_images_batched(images, self.batch_size), "latents")
+        """``[N, C, h, w]``."""
+        return self._bounded(lambda size: self.zoo.encode_images_batched(images, size)).half().cpu()
 
     def text(self, captions: list[str], allow_empty: bool = False) -> tuple[Tensor, Tensor]:
-        """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``, fp16."""
-        t5, pooled = self.zoo.encode_prompts_batched(
-            captions, self.batch_size, allow_empty=allow_empty
+        """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``."""
+        t5, pooled = self._bounded(
+            lambda size: self.zoo.encode_prompts_batched(captions, size, allow_empty=allow_empty)
         )
-        return to_storage(t5, "the text embedding"), to_storage(pooled, "the pooled embedding")
+        return t5.half().cpu(), pooled.half().cpu()
+
+    def masks(self, masks: Sequence[Image.Image | None], size: Size) -> Tensor:
+        """Share of foreground in each latent's place, ``[N, h, w]``; all of it without a mask."""
+        step = self.zoo.downscale
+        grid = (size[0] // step, size[1] // step)
+        whole = Image.new("L", grid, 255)
+        small = [whole if m is None else m.resize(grid, Image.Resampling.BOX) for m in masks]
+        return torch.stack([torch.from_numpy(np.array(m)) for m in small]).half() / 255
 
     def teacher_latents(self, images: list[Image.Image]) -> Tensor:
         """``[N, C, h, w]`` of the teachers' VAE."""
-        return self.zoo.encode_teacher_latents_batched(images, self.batch_size)
+        return self._bounded(lambda size: self.zoo.encode_teacher_latents_batched(images, size))
 
     def teachers(
-        self, keys: Sequence[str], latents: Tensor | None, captions: list[str]
+        self,
+        keys: Sequence[str],
+        latents: Tensor | None,
+        captions: list[str],
+        names: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Teacher features by bucket, fp16: ``lune`` ``[N, K, D]``, ``sol_stats`` ``[N, K, 4]``
-        and ``sol_spatial`` ``[N, K, s, s]``.
+        """Teacher features by bucket: ``lune`` ``[N, K, D]``, ``sol_stats`` ``[N, K, 4]`` and
+        ``sol_spatial`` ``[N, K, s, s]``.
 
         Args:
             keys: what each sample's noise is drawn from.
             latents: ``[N, C, h, w]``; None stands for pure noise, when there are prompts alone.
+            names: of the teachers to run; by default all of this extractor's.
         """
-        text = self.zoo.encode_clip_tokens(captions, self.batch_size)
+        chosen = {"lune": self.lune, "sol": self.sol}
+        names = [name for name in chosen if chosen[name]] if names is None else names
+        text = self._bounded(lambda size: self.zoo.encode_clip_tokens(captions, size))
+        return self._bounded(lambda size: self._in_batches(keys, latents, text, names, size))
+
+    def _in_batches(
+        self,
+        keys: Sequence[str],
+        latents: Tensor | None,
+        text: Tensor,
+        names: Collection[str],
+        size: int,
+    ) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}
         buckets = list(range(len(self.t_buckets)))
         together = [buckets] if self.batch_timesteps else [[bucket] for bucket in buckets]
-        for start in range(0, len(keys), self.batch_size):
-            rows = slice(start, min(start + self.batch_size, len(keys)))
-            parts = [self._buckets(keys[rows], latents, rows, text[rows], b) for b in together]
+        for start in range(0, len(keys), size):
+            rows = slice(start, min(start + size, len(keys)))
+            data = None if latents is None else latents[rows]
+            parts = [self._buckets(keys[rows], data, text[rows], names, b) for b in together]
             for name in parts[0]:
                 found.setdefault(name, []).append(torch.cat([p[name] for p in parts], dim=1))
-        return {name: to_storage(torch.cat(rows), name) for name, rows in found.items()}
+        return {name: torch.cat(rows).half().cpu() for name, rows in found.items()}
 
     def _buckets(
         self,
         keys: Sequence[str],
         latents: Tensor | None,
-        rows: slice,
         text: Tensor,
+        names: Collection[str],
         buckets: list[int],
     ) -> dict[str, Tensor]:
         """Features ``[B, len(buckets), ...]`` of one batch, in one call of each teacher."""
         repeats, batch = len(buckets), len(keys)
         if latents is None:
-            unet = (self.zoo.load_lune if self.lune else self.zoo.load_sol)()
+            unet = (self.zoo.load_lune if "lune" in names else self.zoo.load_sol)()
             side = unet.config.sample_size
             data = torch.zeros(batch, unet.config.in_channels, side, side, device=text.device)
         else:
-            data = latents[rows].float()
+            data = latents.float()
         noise = torch.stack(
             [randn_for(data.shape[1:], self.seed, "teacher", k, b) for b in buckets for k in keys]
         ).to(data.device)
@@ -172,9 +209,9 @@ class Extractor:
         noised = noise if latents is None else flow_x_t(data.repeat(repeats, 1, 1, 1), noise, t)
         context = text.repeat(repeats, 1, 1)
         features = {}
-        if self.lune:
+        if "lune" in names:
             features["lune"] = lune_features(self.zoo.load_lune(), noised, 1 - t, context)
-        if self.sol:
+        if "sol" in names:
             sol = sol_features(self.zoo.load_sol(), noised, 1 - t, context, self.spatial_size)
             features["sol_stats"], features["sol_spatial"] = sol
         return {
@@ -182,14 +219,59 @@ class Extractor:
             for name, value in features.items()
         }
 
-    def recipe(self) -> Recipe:
-        """What the numbers mean and which weights made them."""
+    def _bounded(self, work: Callable[[int], T]) -> T:
+        """``work(batch_size)``, with batches halved, from then on, until they fit the memory."""
+        while True:
+            try:
+                return work(self.batch_size)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise CacheError(
+                        f"the memory does not hold a single picture's features ({error!s:.100}): "
+                        f"use smaller pictures or a larger machine"
+                    ) from error
+            self.batch_size = math.ceil(self.batch_size / 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"cache: out of memory, going on with batches of {self.batch_size}", flush=True)
+
+    def null_text(self) -> tuple[Tensor, Tensor]:
+        """The empty caption's embeddings ``[L, D]`` and ``[P]``."""
+        t5, pooled = self.text([""], allow_empty=True)
+        return t5[0], pooled[0]
+
+    def recipe(self, mask: bool = False) -> Recipe:
+        """What the numbers mean and which weights made them.
+
+        Args:
+            mask: there are foreground masks as well.
+        """
         zoo = self.zoo
-        used = {"latents": ("vae",), "text": ("t5", "clip")}
+        recipe = Recipe(
+            seed=self.seed,
+            t_buckets=tuple(round(t, 6) for t in self.t_buckets.tolist()),
+            t5_layers=zoo.t5_layers,
+            max_text_length=zoo.max_text_length,
+            text_padding=zoo.text_padding,
+            latent_shift=zoo.latent_shift,
+            latent_scale=zoo.vae_scale,
+        )
+        text = {name: getattr(recipe, name) for name in ("t5_layers", "max_text_length")}
+        teacher = {"seed": recipe.seed, "t_buckets": recipe.t_buckets}
+        # What a group is computed by and with; change any of it, and that group is another.
+        made: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+            "latents": (("vae",), {"shift": recipe.latent_shift, "scale": recipe.latent_scale}),
+            "text": (("t5", "clip"), {**text, "text_padding": recipe.text_padding}),
+        }
+        if mask:
+            made["mask"] = ((), {"downscale": zoo.downscale})
         if self.lune:
-            used["lune"] = ("lune", "sd_vae", "clip")
+            made["lune"] = (("lune", "sd_vae", "clip"), teacher)
         if self.sol:
-            used["sol"] = ("sol", "sd_vae", "clip")
+            spatial = {"spatial_size": self.spatial_size}
+            made["sol"] = (("sol", "sd_vae", "clip"), {**teacher, **spatial})
         repos = {
             "vae": zoo.vae_repo,
             "t5": zoo.t5_repo,
@@ -200,29 +282,19 @@ class Extractor:
         }
         groups = {
             group: GroupInfo(
-                models={name: ModelInfo(repos[name], zoo.digest(name)) for name in names},
+                models={name: ModelInfo(repos[name], zoo.digest(name)) for name in models},
                 dtype=dtype_name(zoo.dtype),
                 code_version=CODE_VERSIONS[group],
+                settings=to_dict(settings),
             )
-            for group, names in used.items()
+            for group, (models, settings) in made.items()
         }
-        return Recipe(
-            seed=self.seed,
-            t_buckets=tuple(round(t, 6) for t in self.t_buckets.tolist()),
-            t5_layers=zoo.t5_layers,
-            max_text_length=zoo.max_text_length,
-            text_padding=zoo.text_padding,
-            latent_shift=zoo.latent_shift,
-            latent_scale=zoo.vae_scale,
-            groups=groups,
-        )
+        return dataclasses.replace(recipe, groups=groups)
 
 
-def _concatenate(parts: Sequence[Any]) -> Column:
-    """Tensors or lists, one after another."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))
-    return [value for part in parts for value in part]
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Torch has a class for it on accelerators only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def extractor_for(zoo: ModelZoo, config: CacheConfig) -> Extractor:
@@ -234,15 +306,3 @@ def extractor_for(zoo: ModelZoo, config: CacheConfig) -> Extractor:
         seed=config.seed,
         batch_size=config.batch_size,
     )
-
-
-def settings_of(*configs: object) -> dict[str, object]:
-    """Those settings of a build that decide what comes out, by dotted name."""
-    irrelevant = {"path", "num_actors", "cpus_per_actor", "gpus_per_actor", "device"}
-    found: dict[str, object] = {}
-    for config in configs:
-        section = type(config).__name__.removesuffix("Config").lower()
-        for field in dataclasses.fields(config):  # type: ignore[arg-type]
-            if field.name not in irrelevant:
-                found[f"{section}.{field.name}"] = getattr(config, field.name)
-    return found

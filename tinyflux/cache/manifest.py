@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyflux.cache.keys import digest_of
 from tinyflux.cache.schema import FORMAT_VERSION, Layout
 from tinyflux.errors import CacheError
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
+BUILD_MARK = "build.json"  # in a directory that a build job owns, from its first moment on
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,28 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """Row-aligned files, one per column group."""
+    """Row-aligned files, one per column group.
+
+    Attributes:
+        rows: in each file, dropped ones included.
+        dropped: places of rows that are in the files but not in the dataset: a model could make
+            nothing of them, and their numbers are zeros. They stand in the ``rejected`` table.
+    """
 
     name: str
     rows: int
     files: dict[str, FileInfo]
+    dropped: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ShardInfo":
         files = {group: FileInfo.from_dict(item) for group, item in data["files"].items()}
-        return cls(data["name"], data["rows"], files)
+        return cls(data["name"], data["rows"], files, tuple(data["dropped"]))
+
+    @property
+    def samples(self) -> int:
+        """Rows that belong to the dataset."""
+        return self.rows - len(self.dropped)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,12 @@ class GroupInfo:
     dtype: str
     code_version: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def maker(self) -> str:
+        """Digest of what decides the numbers: not of the names that weights go by."""
+        data = to_dict(self)
+        return digest_of({**data, "models": {k: v["digest"] for k, v in data["models"].items()}})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "GroupInfo":
@@ -116,9 +136,9 @@ class Manifest:
 
     Attributes:
         rows: number of samples over all shards.
-        plan: digest of the settings and samples that a build job was given; empty for a dataset
-            saved from memory.
-        settings: those settings, so that a difference can be named.
+        built: a build job made it, and may change it; else it was saved from memory.
+        index: files that say what pictures there were, by path.
+        rejected: file of pictures that are not in it and why, if any.
         null_text: file of the empty caption's embedding (``t5_embeds`` [L, D], ``clip_pooled``
             [P]), if known.
     """
@@ -127,9 +147,10 @@ class Manifest:
     recipe: Recipe
     shards: tuple[ShardInfo, ...]
     null_text: FileInfo | None = None
+    rejected: FileInfo | None = None
+    index: tuple[str, ...] = ()
     name: str = "dataset"
-    plan: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    built: bool = False
     format_version: int = FORMAT_VERSION
 
     @property
@@ -141,7 +162,7 @@ class Manifest:
     def files(self) -> list[FileInfo]:
         """Every file that the manifest lists."""
         found = [file for shard in self.shards for file in shard.files.values()]
-        return found + ([self.null_text] if self.null_text else [])
+        return found + [file for file in (self.null_text, self.rejected) if file]
 
     def layout(self, column: str) -> Layout | None:
         """The first shard's layout of ``column``, ``None`` where the dataset has no such column."""
@@ -173,7 +194,7 @@ class Manifest:
         try:
             data = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            unfinished = (directory / "plan.json").exists()
+            unfinished = (directory / BUILD_MARK).exists()
             raise CacheError(
                 f"the cache '{directory}' is not finished: run the build again to complete it"
                 if unfinished
@@ -187,23 +208,29 @@ class Manifest:
                 f"'{path}' has format version {version}, this program reads up to "
                 f"{FORMAT_VERSION}: upgrade tinyflux"
             )
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            raise CacheError(
+                f"'{path}' has format version {version}, from before the first release: delete "
+                f"the cache and build it again"
+            )
         try:
-            null_text = data["null_text"]
+            null_text, rejected = data["null_text"], data["rejected"]
             manifest = cls(
                 rows=data["rows"],
                 recipe=Recipe.from_dict(data["recipe"]),
                 shards=tuple(ShardInfo.from_dict(item) for item in data["shards"]),
                 null_text=None if null_text is None else FileInfo.from_dict(null_text),
+                rejected=None if rejected is None else FileInfo.from_dict(rejected),
+                index=tuple(data["index"]),
                 name=data["name"],
-                plan=data["plan"],
-                settings=data["settings"],
+                built=data["built"],
                 format_version=data["format_version"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"'{path}' is damaged (bad entry {error}): build the cache again"
             ) from error
-        if not manifest.shards or manifest.rows != sum(shard.rows for shard in manifest.shards):
+        if not manifest.shards or manifest.rows != sum(s.samples for s in manifest.shards):
             raise CacheError(f"'{path}' is damaged (row counts): build the cache again")
         return manifest
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
+from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.manifest import Manifest, Recipe, ShardInfo
 from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
-from tinyflux.cache.shards import to_storage, write_null_text, write_shard
-from tinyflux.cache.sources import sample_key
+from tinyflux.cache.shards import require_finite, write_null_text, write_shard
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util.buckets import default_buckets, interpolate_buckets
@@ -35,12 +35,12 @@ def _save(
     for start in range(0, count, MAX_ROWS_PER_SHARD):
         part = {n: rows[start : start + MAX_ROWS_PER_SHARD] for n, rows in columns.items()}
         keys = [f"{row:08d}" for row in range(start, min(count, start + MAX_ROWS_PER_SHARD))]
-        stored = {n: to_storage(rows, n, rows.dtype) for n, rows in part.items()}
-        shards.append(write_shard(directory, f"{len(shards):05d}", keys, stored, trim_text=True))
+        require_finite(part)
+        shards.append(write_shard(directory, f"{len(shards):05d}", keys, part, trim_text=True))
     written = None
     if null_text is not None:
         written = write_null_text(directory, null_text[0], null_text[1])
-    Manifest(count, recipe, tuple(shards), written, name).save(directory)
+    Manifest(count, recipe, tuple(shards), written, name=name).save(directory)
 
 
 def _load(path: str, columns: Sequence[str]) -> tuple[dict[str, Tensor], CachedDataset]:
@@ -93,13 +93,14 @@ class EncodingCache:
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} pictures do not fit {len(prompts)} prompts")
         extractor = Extractor(zoo, lune=False, sol=False, batch_size=batch_size)
-        null = extractor.text([""], allow_empty=True)
-        return cls(
-            extractor.latents(images),
-            *extractor.text(prompts),
-            recipe=extractor.recipe(),
-            null_text=(null[0][0], null[1][0]),
-        )
+        t5, pooled = extractor.text(prompts)
+        columns = {
+            "latents": extractor.latents(images),
+            "t5_embeds": t5,
+            "clip_pooled": pooled,
+        }
+        require_finite(columns)
+        return cls(**columns, recipe=extractor.recipe(), null_text=extractor.null_text())
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -304,13 +305,19 @@ def _run_teachers(
 ) -> dict[str, Tensor]:
     """Both build methods' common part; a sample's noise comes from its picture and caption."""
     if images is None:
-        keys = [sample_key(str(row).encode(), prompt) for row, prompt in enumerate(prompts)]
-        return extractor.teachers(keys, None, prompts)
-    if len(images) != len(prompts):
+        keys = [digest_of([row, prompt]) for row, prompt in enumerate(prompts)]
+        latents = None
+    elif len(images) != len(prompts):
         raise InputError(f"{len(images)} pictures do not fit {len(prompts)} prompts")
-    pairs = zip(images, prompts, strict=True)
-    keys = [sample_key(image.convert("RGB").tobytes(), prompt) for image, prompt in pairs]
-    return extractor.teachers(keys, extractor.teacher_latents(images), prompts)
+    else:
+        keys = [
+            sample_key(digest_of(image.convert("RGB").tobytes()), image.size, prompt)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        latents = extractor.teacher_latents(images)
+    features = extractor.teachers(keys, latents, prompts)
+    require_finite(features)
+    return features
 
 
 class DatasetCache:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from tinyflux.util.config import dtype_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Column groups, each a file of its own per shard, so that one can be remade without the others.
+# ``rows`` says what the samples are; the others hold what models made of them.
+ROWS = "rows"
 GROUPS: dict[str, tuple[str, ...]] = {
-    "rows": ("caption", "source", "width", "height"),
+    ROWS: ("picture", "mask_picture", "caption", "source", "locator", "mask_locator")
+    + ("width", "height"),
     "latents": ("latents",),
+    "mask": ("mask",),
     "text": ("t5_embeds", "clip_pooled"),
     "lune": ("lune",),
     "sol": ("sol_stats", "sol_spatial"),

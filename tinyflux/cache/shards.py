@@ -5,6 +5,7 @@ and any row of any shard is read without decoding its neighbours. The writer che
 is really where the manifest says.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,13 +61,18 @@ def write_shard(
     for group in GROUPS:
         if chosen := columns_of(group, columns):
             path = f"{SHARD_FOLDER}/{name}.{group}.parquet"
-            files[group] = _write_group(directory, path, keys, chosen, trim_text)
+            files[group] = write_group(directory, path, keys, chosen, trim_text)
     return ShardInfo(name, len(keys), files)
 
 
-def _write_group(
+def write_group(
     directory: Path, path: str, keys: Sequence[str], columns: Mapping[str, Column], trim_text: bool
 ) -> FileInfo:
+    """Write one file of a shard, unless these very bytes are there; see :func:`write_shard`.
+
+    Args:
+        path: relative to ``directory``.
+    """
     fields, arrays = [], []
     pages: dict[str, tuple[bytes, Layout]] = {}
 
@@ -107,9 +113,10 @@ def _write_group(
         compression="NONE",
     )
     data = sink.getvalue()
-    layouts = _locate(path, data, pages)
-    atomic_write(directory / path, memoryview(data))
-    return FileInfo(path, data.size, sha256(memoryview(data)), layouts)
+    file = FileInfo(path, data.size, sha256(memoryview(data)), _locate(path, data, pages))
+    if not (is_whole(directory, file) and checksum(directory / path) == file.sha256):
+        atomic_write(directory / path, memoryview(data))
+    return file
 
 
 def _locate(
@@ -134,21 +141,32 @@ def _locate(
     return found
 
 
-def write_null_text(directory: Path, t5_embeds: Tensor, clip_pooled: Tensor) -> FileInfo:
+def write_null_text(
+    directory: Path, t5_embeds: Tensor, clip_pooled: Tensor, path: str = NULL_TEXT_NAME
+) -> FileInfo:
     """Write the empty caption's embedding: ``[L, D]`` and ``[P]``."""
     tensors = {
         "t5_embeds": t5_embeds.cpu().contiguous(),
         "clip_pooled": clip_pooled.cpu().contiguous(),
     }
     data = save_safetensors(tensors)
-    atomic_write(directory / NULL_TEXT_NAME, data)
-    return FileInfo(NULL_TEXT_NAME, len(data), sha256(data))
+    atomic_write(directory / path, data)
+    return FileInfo(path, len(data), sha256(data))
 
 
 def read_null_text(directory: Path, file: FileInfo) -> tuple[Tensor, Tensor]:
     """What :func:`write_null_text` wrote, as fp32."""
     tensors = load_safetensors((directory / file.path).read_bytes())
     return tensors["t5_embeds"].float(), tensors["clip_pooled"].float()
+
+
+def checksum(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            total.update(piece)
+    return total.hexdigest()
 
 
 def is_whole(directory: Path, file: FileInfo) -> bool:
@@ -212,16 +230,20 @@ class ShardReader:
         return mapped
 
 
-def to_storage(rows: Tensor, what: str, dtype: torch.dtype = torch.float16) -> Tensor:
-    """``rows`` on the CPU in the stored dtype.
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which of ``[N, ...]`` hold only finite numbers, ``[N]`` bool."""
+    return torch.isfinite(rows).flatten(1).all(dim=1)
+
+
+def require_finite(columns: Mapping[str, Tensor]) -> None:
+    """Refuse columns that a model overflowed in.
 
     Raises:
-        CacheError: a number is not finite there.
+        CacheError: names the column.
     """
-    stored = rows.detach().to("cpu", dtype)
-    if not torch.isfinite(stored).all():
-        raise CacheError(
-            f"{what} holds numbers that are not finite in {dtype_name(dtype)}: check the model "
-            f"that made it, or its dtype"
-        )
-    return stored
+    for name, rows in columns.items():
+        if not finite_rows(rows).all():
+            raise CacheError(
+                f"{name} holds numbers that are not finite in {dtype_name(rows.dtype)}: check the "
+                f"model that made it, or its dtype"
+            )

@@ -43,7 +43,7 @@ def evaluate(run: RunConfig) -> Path:
     untrained = TinyFluxDeep(run.model).eval()
     trained = load_model(f"{run.run_dir}/final", device="cpu", dtype=torch.float32)
     dataset = CachedDataset(run.cache.path)
-    rows, held_out_rows = split_rows(dataset.keys(), run.trainer.val_fraction)
+    rows, held_out_rows = split_rows(dataset.pictures(), run.trainer.val_fraction)
 
     step = max(1, len(rows) // PROMPTS)
     chosen = rows[::step][:PROMPTS]

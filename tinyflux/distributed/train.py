@@ -140,7 +140,7 @@ class _Job:
 
     def training_rows(self, dataset: CachedDataset) -> tuple[list[int], list[int]]:
         """Rows to train on and rows held out."""
-        train_rows, held_out = split_rows(dataset.keys(), self.trainer.val_fraction)
+        train_rows, held_out = split_rows(dataset.pictures(), self.trainer.val_fraction)
         if not train_rows:
             raise CacheError(f"cache {self.cache_path} has no samples to train on")
         return train_rows, held_out

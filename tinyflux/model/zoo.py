@@ -192,12 +192,14 @@ class ModelZoo:
             )
 
     def digest(self, name: str) -> str:
-        """SHA-256 over a model's sorted tensor names, shapes and fp32 values."""
+        """SHA-256 over a model's sorted tensor names, shapes and fp32 values, and its vocabulary."""
         self._check_name(name)
         if name not in self._digests:
             loaded = self._loaders[name]()
-            model = loaded[1] if isinstance(loaded, tuple) else loaded
+            tokenizer, model = loaded if isinstance(loaded, tuple) else (None, loaded)
             total = hashlib.sha256()
+            if tokenizer is not None:
+                total.update(repr(sorted(tokenizer.get_vocab().items())).encode())
             for key, tensor in sorted(model.state_dict().items()):
                 total.update(f"{key}{tuple(tensor.shape)}".encode())
                 total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,0 +1,224 @@
+"""A planned shard to files: what a build job's actor does, without Ray."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tinyflux.cache.extract import Extractor, Sample
+from tinyflux.cache.keys import Size, content_keys, digest_of
+from tinyflux.cache.receipts import Receipt, group_path
+from tinyflux.cache.reuse import CONTENT_COLUMNS, Reused, batches
+from tinyflux.cache.schema import GROUPS, KEY
+from tinyflux.cache.shards import ShardReader, finite_rows, write_group
+from tinyflux.cache.sources import (
+    DataConfig,
+    decode_mask,
+    decode_picture,
+    fit_mask,
+    fit_picture,
+    open_pictures,
+)
+from tinyflux.errors import InputError
+
+NEEDS_PICTURES = ("latents", "mask", "lune", "sol")
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What is to be made of a shard.
+
+    Attributes:
+        rows_file: lists its samples, relative to the dataset.
+        makers: the groups to make, each with its ``GroupInfo.maker``.
+        reused: by group, what other files hold already.
+    """
+
+    name: str
+    size: Size
+    rows_file: str
+    makers: dict[str, str]
+    reused: dict[str, Reused]
+
+
+class ShardEncoder:
+    """Writes the files and receipts of tasks.
+
+    Args:
+        trim_text: see :func:`tinyflux.cache.shards.write_shard`.
+    """
+
+    def __init__(self, directory: Path, data: DataConfig, extractor: Extractor, trim_text: bool):
+        self._directory, self._data = directory, data
+        self._extractor, self._trim = extractor, trim_text
+
+    def __call__(self, task: ShardTask) -> None:
+        """Make every group of ``task``.
+
+        Raises:
+            CacheError, OSError: nothing half-written counts.
+        """
+        table = pq.read_table(self._directory / task.rows_file)
+        rows: dict[str, list[str]] = {name: table[name].to_pylist() for name in table.column_names}
+        contents = {
+            group: content_keys(group, {c: rows[c] for c in CONTENT_COLUMNS}, task.size)
+            for group in task.makers
+        }
+        # Groups that lack the same rows are made together, from one reading of the pictures.
+        together: dict[tuple[int, ...], list[str]] = {}
+        for group, keys in contents.items():
+            known = {keys[row] for row, _, _ in task.reused[group].rows}
+            lacking = dict.fromkeys(keys)  # a caption or picture that comes twice is encoded once
+            first = {key: row for row, key in reversed(list(enumerate(keys)))}
+            missing = tuple(first[key] for key in lacking if key not in known)
+            together.setdefault(missing, []).append(group)
+        for missing, groups in together.items():
+            started = time.monotonic()
+            work = _Work(self._extractor, self._data, rows, task.size, groups)
+            for batch in batches(missing, self._extractor.batch_size):
+                work.add(batch)
+            seconds = (time.monotonic() - started) / len(groups)
+            for group in groups:
+                self._commit(task, group, contents[group], rows[KEY], work, seconds)
+
+    def _commit(
+        self,
+        task: ShardTask,
+        group: str,
+        contents: Sequence[str],
+        keys: list[str],
+        work: "_Work",
+        seconds: float,
+    ) -> None:
+        """Join what was computed with what was reused, write the file, then its receipt."""
+        maker, reused = task.makers[group], task.reused[group]
+        computed = {contents[row]: place for place, row in enumerate(work.made)}
+        refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
+        rejected = {row: refused[key] for row, key in enumerate(contents) if key in refused}
+        file = None
+        if len(rejected) < len(keys):
+            old = self._former(group, reused)
+            names = [name for name in GROUPS[group] if name in old or name in work.columns]
+            columns: dict[str, Tensor] = {}
+            for name in names:
+                like = old[name] if name in old else work.columns[name]
+                columns[name] = like.new_zeros(len(keys), *like.shape[1:])
+                if old:
+                    columns[name][torch.tensor([row for row, _, _ in reused.rows])] = old[name]
+                new = [(row, computed[k]) for row, k in enumerate(contents) if k in computed]
+                if new:
+                    targets, places = (torch.tensor(side) for side in zip(*new, strict=True))
+                    columns[name][targets] = work.columns[name][places]
+                columns[name][torch.tensor(sorted(rejected), dtype=torch.long)] = 0
+            path = group_path(task.name, group, maker)
+            file = write_group(self._directory, path, keys, columns, self._trim)
+        count = len({contents[row] for row in work.made})
+        size, total = task.size, len(keys)
+        Receipt(
+            task.name, group, maker, total, size, file, rejected, count, round(seconds, 3)
+        ).save(self._directory)
+
+    def _former(self, group: str, reused: Reused) -> dict[str, Tensor]:
+        """The reused rows' columns, in the order of ``reused.rows``."""
+        if not reused.rows:
+            return {}
+        reader, found = ShardReader(self._directory), {}
+        for name in (name for name in GROUPS[group] if name in reused.shards[0].files[group].columns):
+            parts: list[Tensor | None] = [None] * len(reused.rows)
+            for number, shard in enumerate(reused.shards):
+                places = [at for at, (_, which, _) in enumerate(reused.rows) if which == number]
+                there = np.array([reused.rows[at][2] for at in places])
+                values = reader.tensor(shard, group, name, there)
+                for at, value in zip(places, values, strict=True):
+                    parts[at] = value
+            found[name] = torch.stack([part for part in parts if part is not None])
+        return found
+
+
+class _Work:
+    """Rows of a shard on their way through the models.
+
+    Attributes:
+        made: rows in the order of ``columns``.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        data: DataConfig,
+        rows: dict[str, list[str]],
+        size: Size,
+        groups: Sequence[str],
+    ):
+        self._extractor, self._data, self._rows = extractor, data, rows
+        self._size, self._groups = size, groups
+        self.made: list[int] = []
+        self._parts: dict[str, list[Tensor]] = {}
+        self._refused: dict[int, str] = {}
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """By name, ``[len(made), ...]`` fp16."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+    def rejected(self, group: str) -> dict[int, str]:
+        """Rows that cannot be used, with the reason."""
+        found = dict(self._refused)
+        for name in GROUPS[group]:
+            if name in self._parts:
+                fine = finite_rows(torch.cat(self._parts[name]))
+                for row, good in zip(self.made, fine.tolist(), strict=True):
+                    if not good:
+                        found[row] = f"{name} is not finite in float16"
+        return found
+
+    def add(self, batch: list[int]) -> None:
+        """Encode rows of the shard."""
+        self._encode([(row, s) for row in batch if (s := self._sample(row)) is not None])
+
+    def _encode(self, samples: list[tuple[int, Sample]]) -> None:
+        if not samples:
+            return
+        try:
+            columns = self._extractor.columns(self._groups, [sample for _, sample in samples])
+        except InputError as error:  # such as a caption that is too long
+            if len(samples) == 1:
+                self._refused[samples[0][0]] = str(error)
+            else:
+                for sample in samples:
+                    self._encode([sample])
+            return
+        self.made += [row for row, _ in samples]
+        for name, rows in columns.items():
+            self._parts.setdefault(name, []).append(rows)
+
+    def _sample(self, row: int) -> Sample | None:
+        """A row's picture and caption, ready to be encoded."""
+        rows, image, mask = self._rows, None, None
+        if set(self._groups) & set(NEEDS_PICTURES):
+            name = rows["source"][row]
+            try:
+                content = self._read(row, "locator", "picture")
+                image = decode_picture(content, name, self._data.max_pixels)
+                if rows["mask_locator"][row] and "mask" in self._groups:
+                    content = self._read(row, "mask_locator", "mask_picture")
+                    mask = decode_mask(content, name, image.size, self._data.max_pixels)
+                    mask = fit_mask(mask, self._size)
+                image = fit_picture(image, self._size)
+            except (InputError, OSError) as error:
+                self._refused[row] = str(error)
+                return None
+        return Sample(rows[KEY][row], rows["caption"][row], image, mask)
+
+    def _read(self, row: int, locator: str, picture: str) -> bytes:
+        (content,) = open_pictures(self._data, [self._rows[locator][row]])
+        if digest_of(content) != self._rows[picture][row]:
+            raise InputError(
+                f"'{self._rows['source'][row]}' was changed while the cache was built: build again"
+            )
+        return content

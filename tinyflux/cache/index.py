@@ -1,0 +1,86 @@
+"""What pictures a source holds: each read once, checked, and written down by its content.
+
+A source is cut into units. A unit's index is a small Parquet file, named by the unit's digest, which
+follows the sizes and times of its files: a unit that has not changed is not read again.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tinyflux.cache.keys import digest_of
+from tinyflux.cache.sources import (
+    DataConfig,
+    RawPicture,
+    Unit,
+    decode_mask,
+    decode_picture,
+    read_unit,
+)
+from tinyflux.errors import InputError
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write
+
+INDEX_FOLDER = "index"
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),  # where the picture is, for people
+        ("locator", pa.string()),  # and for open_pictures
+        ("mask_locator", pa.string()),  # empty: no mask
+        ("captions", pa.list_(pa.string())),
+        ("picture", pa.string()),  # digests of the files' bytes
+        ("mask_picture", pa.string()),
+        ("width", pa.int32()),  # upright
+        ("height", pa.int32()),
+        ("reason", pa.string()),  # empty: nothing is wrong with it
+    ]
+)
+# Settings that say what to do with a picture once it has been read.
+_LATER = ("folder", "height", "width", "resize", "areas", "step", "max_aspect", "max_rejected")
+
+
+def index_path(directory: Path, data: DataConfig, unit: Unit) -> Path:
+    """Where a unit's index belongs."""
+    reading = {name: value for name, value in to_dict(data).items() if name not in _LATER}
+    return directory / INDEX_FOLDER / f"{digest_of([unit.digest, reading])}.parquet"
+
+
+def write_index(directory: Path, data: DataConfig, unit: Unit) -> None:
+    """Read every picture of ``unit`` and write its index."""
+    rows = [_entry(data, raw) for raw in read_unit(data, unit)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
+    atomic_write(index_path(directory, data, unit), memoryview(sink.getvalue()))
+
+
+def read_index(directory: Path, data: DataConfig, unit: Unit) -> pa.Table:
+    """What :func:`write_index` wrote."""
+    return pq.read_table(index_path(directory, data, unit))
+
+
+def _entry(data: DataConfig, raw: RawPicture) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "source": raw.source,
+        "locator": raw.locator,
+        "mask_locator": raw.mask_locator,
+        "captions": list(raw.captions),
+        "picture": "",
+        "mask_picture": "",
+        "width": 0,
+        "height": 0,
+        "reason": raw.reason,
+    }
+    if raw.reason:
+        return entry
+    try:
+        # In full: what is broken must be known before hours are spent on the rest.
+        image = decode_picture(raw.content, raw.source, data.max_pixels)
+        if raw.mask is not None:
+            decode_mask(raw.mask, f"{raw.source} (mask)", image.size, data.max_pixels)
+            entry["mask_picture"] = digest_of(raw.mask)
+    except InputError as error:
+        return {**entry, "reason": str(error)}
+    entry["picture"] = digest_of(raw.content)
+    entry["width"], entry["height"] = image.size
+    return entry

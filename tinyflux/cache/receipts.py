@@ -1,0 +1,83 @@
+"""Receipts: what an actor says of each file that it has written whole.
+
+The files of a shard are named by their samples and by what made them, so a receipt answers the only
+question of a build that continues: is this very thing there already?
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyflux.cache.keys import Size
+from tinyflux.cache.manifest import FileInfo
+from tinyflux.cache.shards import SHARD_FOLDER, is_whole
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write
+
+RECEIPT_FOLDER = "receipts"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A column group of a shard.
+
+    Attributes:
+        shard, group, maker: whose samples, which columns, and ``GroupInfo.maker``.
+        rows: in the file.
+        size: width and height of the encoded pictures.
+        file: None where no row of the shard could be made.
+        rejected: rows that are zeros in the file, with the reason.
+        computed: rows that were run through models; the rest was taken from other files.
+        seconds: that it took.
+    """
+
+    shard: str
+    group: str
+    maker: str
+    rows: int
+    size: Size
+    file: FileInfo | None
+    rejected: dict[int, str] = field(default_factory=dict)
+    computed: int = 0
+    seconds: float = 0.0
+
+    def save(self, directory: Path) -> None:
+        """Commit the file: from here on it counts."""
+        path = receipt_path(directory, self.shard, self.group, self.maker)
+        atomic_write(path, json.dumps(to_dict(self)).encode())
+
+
+def receipt_path(directory: Path, shard: str, group: str, maker: str) -> Path:
+    """Where a receipt belongs."""
+    return directory / RECEIPT_FOLDER / f"{shard}.{group}.{maker[:8]}.json"
+
+
+def group_path(shard: str, group: str, maker: str) -> str:
+    """Where the file of a receipt belongs, relative to the dataset."""
+    return f"{SHARD_FOLDER}/{shard}.{group}.{maker[:8]}.parquet"
+
+
+def read_receipt(directory: Path, shard: str, group: str, maker: str) -> Receipt | None:
+    """The receipt of a file that is there with its full size, else None."""
+    receipt = _read(directory, receipt_path(directory, shard, group, maker))
+    return receipt if receipt is not None and receipt.maker == maker else None
+
+
+def all_receipts(directory: Path) -> Iterator[Receipt]:
+    """Every valid receipt, by name."""
+    for path in sorted((directory / RECEIPT_FOLDER).glob("*.json")):
+        if (receipt := _read(directory, path)) is not None:
+            yield receipt
+
+
+def _read(directory: Path, path: Path) -> Receipt | None:
+    try:
+        data = json.loads(path.read_bytes())
+        file = None if data["file"] is None else FileInfo.from_dict(data["file"])
+        rejected = {int(row): reason for row, reason in data["rejected"].items()}
+        changed = {"size": tuple(data["size"]), "file": file, "rejected": rejected}
+        receipt = Receipt(**{**data, **changed})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return receipt if receipt.file is None or is_whole(directory, receipt.file) else None

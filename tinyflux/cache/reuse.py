@@ -1,0 +1,83 @@
+"""Rows that were computed before and stand in files of other shards."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from tinyflux.cache.keys import Size, content_keys
+from tinyflux.cache.manifest import ShardInfo
+from tinyflux.cache.receipts import Receipt, all_receipts
+from tinyflux.cache.schema import KEY, ROWS
+from tinyflux.cache.shards import SHARD_FOLDER
+
+CONTENT_COLUMNS = (KEY, "picture", "mask_picture", "caption")
+
+
+@dataclass
+class Reused:
+    """Rows of a group that need not be computed.
+
+    Attributes:
+        shards: files to take them from.
+        rows: (row of the new shard, place in ``shards``, row there).
+    """
+
+    shards: list[ShardInfo] = field(default_factory=list)
+    rows: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class FormerRows:
+    """What files of shards that are no longer planned hold, by content.
+
+    Args:
+        makers: ``GroupInfo.maker`` of each wanted group; files of other makers are of no use.
+        planned: names of the shards that the dataset will have.
+    """
+
+    def __init__(self, directory: Path, makers: Mapping[str, str], planned: Collection[str]):
+        self._shards: dict[str, list[ShardInfo]] = {}
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        for receipt in all_receipts(directory):
+            wanted = makers.get(receipt.group) == receipt.maker
+            if wanted and receipt.file is not None and receipt.shard not in planned:
+                self._add(directory, receipt)
+
+    def _add(self, directory: Path, receipt: Receipt) -> None:
+        # Any list of the shard's samples will do: they differ in where the pictures lie.
+        lists = sorted((directory / SHARD_FOLDER).glob(f"{receipt.shard}.{ROWS}.*.parquet"))
+        if not lists or receipt.file is None:
+            return
+        shards = self._shards.setdefault(receipt.group, [])
+        places = self._places.setdefault(receipt.group, {})
+        contents = read_contents(lists[0], receipt.group, receipt.size)
+        for row, content in enumerate(contents):
+            if row not in receipt.rejected:
+                places.setdefault(content, (len(shards), row))
+        shards.append(ShardInfo(receipt.shard, receipt.rows, {receipt.group: receipt.file}))
+
+    def find(self, group: str, contents: Sequence[str]) -> Reused:
+        """Those of ``contents`` that are known."""
+        places, found = self._places.get(group, {}), Reused()
+        numbers: dict[int, int] = {}
+        for row, content in enumerate(contents):
+            if content in places:
+                shard, there = places[content]
+                if shard not in numbers:
+                    numbers[shard] = len(found.shards)
+                    found.shards.append(self._shards[group][shard])
+                found.rows.append((row, numbers[shard], there))
+        return found
+
+
+def read_contents(rows_file: Path, group: str, size: Size) -> list[str]:
+    """:func:`content_keys` of a shard whose samples ``rows_file`` lists."""
+    table = pq.read_table(rows_file, columns=list(CONTENT_COLUMNS))
+    return content_keys(group, {name: table[name].to_pylist() for name in CONTENT_COLUMNS}, size)
+
+
+def batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
+    """``rows`` in pieces of at most ``size``."""
+    for start in range(0, len(rows), size):
+        yield list(rows[start : start + size])
