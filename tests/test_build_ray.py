@@ -1,22 +1,36 @@
-"""The build job on a real Ray, against the same extraction without it."""
+"""The build job on a real Ray: against the bare loop, and through the deaths of its processes."""
 
-import shutil
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.test_cache import CAPTIONS, data_config, start_build, write_pictures
-from tests.worlds import make_world, student_config, zoo_config
+from tests.ray_head import descendants, start_head
+from tests.test_build import CAPTIONS, assert_same, changed
+from tests.worlds import make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig, Extractor
-from tinyflux.cache.sources import list_sources, read_samples
-from tinyflux.distributed.build import build_cache, refuse_impossible_actor
-from tinyflux.errors import CacheError, ConfigError
+from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.sources import DataConfig
+from tinyflux.distributed.build import refuse_impossible_actor
+from tinyflux.errors import ConfigError
+from tinyflux.util.config import to_dict
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+JOB = """
+import json, sys
+from tinyflux.cache.build import BuildConfigs
+from tinyflux.distributed.build import build_cache
+from tinyflux.util.config import from_dict
+configs = from_dict(BuildConfigs, json.loads(sys.argv[1]), "test")
+build_cache(configs.data, configs.zoo, configs.cache, configs.model)
+"""
 
 
 def test_an_actor_that_this_machine_cannot_hold_is_refused(monkeypatch):
@@ -29,39 +43,87 @@ def test_an_actor_that_this_machine_cannot_hold_is_refused(monkeypatch):
     refuse_impossible_actor(CacheConfig(cpus_per_actor=4))
 
 
-@pytest.mark.slow
-def test_ray_builds_what_a_bare_loop_builds_and_goes_on_after_a_mended_picture(tmp_path, world):
-    pictures, out = write_pictures(tmp_path / "pictures"), tmp_path / "cache"
-    shutil.copy(pictures / "4.png", tmp_path / "whole.png")
-    (pictures / "4.png").write_bytes(b"nothing")
-    assert start_build(tmp_path, pictures, world, out, actors=1).wait(timeout=240) != 0
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("receipts/*.json")}
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    with start_head(tmp_path_factory.mktemp("r")) as running:
+        yield running
 
-    # Only what has no receipt, or another picture by now, is made.
-    shutil.copy(tmp_path / "whole.png", pictures / "4.png")
-    assert start_build(tmp_path, pictures, world, out, actors=2).wait(timeout=240) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
-    opened, data = CachedDataset(out), data_config(pictures)
-    opened.verify()
-    assert opened.captions() == CAPTIONS
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    captions = [f"{size} {caption}" for size in ("small", "large") for caption in CAPTIONS]
+    write_pictures(folder / "pictures", captions)
     torch.set_num_threads(1)  # as in an actor of one CPU
-    extractor = Extractor(zoo_config(world).build(student_config()), batch_size=2)
-    # Shards of one row: batches of one.
-    batches = ([sample] for sample in read_samples(data, list_sources(data)))
-    keys, columns = extractor.join(batches)
-    assert opened.keys() == keys
-    assert opened.manifest.recipe == extractor.recipe()
-    for name, rows in opened.read(range(5)).items():
-        assert torch.equal(rows, columns[name].float()), name
-    t5, pooled = extractor.text([""], allow_empty=True)
-    assert torch.equal(opened.null_text[0], t5[0].float())
-    assert torch.equal(opened.null_text[1], pooled[0].float())
+    configs = BuildConfigs(
+        DataConfig(str(folder / "pictures"), 16, 16),
+        zoo_config(make_world(folder / "world")),
+        CacheConfig(str(folder / "straight"), rows_per_shard=3, batch_size=2),
+        student_config(),
+    )
+    build(configs, LocalRunner(configs))
+    return configs
 
-    # A finished dataset is left as it is, without Ray, until its pictures are others.
-    config = CacheConfig(str(out), num_actors=1, rows_per_shard=1, batch_size=2)
-    again = build_cache(data, zoo_config(world), config, student_config())
-    assert again == opened.manifest
-    (pictures / "0.txt").write_text("another caption")
-    with pytest.raises(CacheError, match="other pictures or captions"):
-        build_cache(data, zoo_config(world), config, student_config())
+
+def start(configs, head):
+    return subprocess.Popen(
+        [sys.executable, "-c", JOB, json.dumps(to_dict(configs))],
+        env={**os.environ, **head.environment},
+        cwd=Path(__file__).parents[1],
+    )
+
+
+@pytest.mark.slow
+def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(configs, head):
+    """Eight SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
+    mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
+    dice = random.Random(1)
+    drivers = actors = 0
+    receipts = mine.directory / "receipts"
+    while drivers < 4 or actors < 4:
+        driver = start(mine, head)
+        count = len(list(receipts.glob("*.json")))
+        enough = count + dice.randrange(1, 6)
+        while driver.poll() is None and len(list(receipts.glob("*.json"))) < enough:
+            time.sleep(0.01)
+        time.sleep(dice.random() / 4)
+        if actors < 4:
+            for pid in descendants(head.pid, b"ShardActor")[:1]:
+                os.kill(pid, signal.SIGKILL)
+                actors += 1
+        if actors % 2 == 0 or actors >= 4:
+            driver.kill()
+            drivers += 1
+            driver.wait()
+        else:
+            assert driver.wait(timeout=240) == 0  # the actor was replaced
+        if (mine.directory / "manifest.json").exists():
+            assert_same(mine.directory, configs.directory)
+            (mine.directory / "manifest.json").unlink()
+            for path in sorted(receipts.glob("*.json"))[::2]:
+                path.unlink()
+    assert start(mine, head).wait(timeout=240) == 0
+    assert_same(mine.directory, configs.directory)
+    assert CachedDataset(mine.directory).keys() == CachedDataset(configs.directory).keys()
+
+
+@pytest.mark.slow
+def test_a_broken_picture_is_one_sentence_through_ray(configs, head, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", CAPTIONS)
+    (folder / "002.png").write_bytes(b"nothing")
+    zoo = configs.zoo
+    repos = [f"--zoo.{name}_repo={getattr(zoo, f'{name}_repo')}"
+             for name in ("vae", "t5", "clip", "experts", "sd")]  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, "ray_jobs/build_cache.py", f"--data.folder={folder}", "--data.width=16",
+         "--data.height=16", f"--cache.path={tmp_path / 'cache'}", "--zoo.device=cpu",
+         "--model.t5_layers=[0,1,2]", *repos],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **head.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert process.returncode == 2, process.stderr
+    assert "002.png' is not a picture" in process.stderr.splitlines()[-1]
+    assert not (tmp_path / "cache" / "manifest.json").exists()

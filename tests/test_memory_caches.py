@@ -1,10 +1,10 @@
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.test_cache import CAPTIONS, data_config, write_pictures
-from tests.worlds import make_world, student_config, zoo_config
-from tinyflux.cache.sources import list_sources, read_samples
+from tests.test_cache import CAPTIONS
+from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.cache_experts import (
@@ -25,8 +25,8 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = write_pictures(tmp_path_factory.mktemp("data") / "pictures")
-    return [s.image for s in read_samples(data_config(folder), list_sources(data_config(folder)))]
+    folder = write_pictures(tmp_path_factory.mktemp("data") / "pictures", CAPTIONS)
+    return [Image.open(path) for path in sorted(folder.glob("*.png"))]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.zoo import ZooConfig
@@ -58,3 +59,14 @@ def student_config(**changes) -> TinyFluxConfig:
         "timestep_shift": 1.0,
     }
     return TinyFluxConfig(**{**sizes, **changes})
+
+
+def write_pictures(folder: Path, captions=CAPTIONS, size=(16, 16), seed=3) -> Path:
+    """A folder of noise pictures, each with a caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for index, caption in enumerate(captions):
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index:03d}.png")
+        (folder / f"{index:03d}.txt").write_text(caption)
+    return folder

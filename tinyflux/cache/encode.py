@@ -1,13 +1,14 @@
 """A planned shard to files: what a build job's actor does, without Ray."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tinyflux.cache.extract import Extractor, Sample
@@ -99,7 +100,7 @@ class ShardEncoder:
         maker, reused = task.makers[group], task.reused[group]
         computed = {contents[row]: place for place, row in enumerate(work.made)}
         refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
-        rejected = {row: refused[key] for row, key in enumerate(contents) if key in refused}
+        rejected = [(row, refused[key]) for row, key in enumerate(contents) if key in refused]
         file = None
         if len(rejected) < len(keys):
             old = self._former(group, reused)
@@ -114,21 +115,22 @@ class ShardEncoder:
                 if new:
                     targets, places = (torch.tensor(side) for side in zip(*new, strict=True))
                     columns[name][targets] = work.columns[name][places]
-                columns[name][torch.tensor(sorted(rejected), dtype=torch.long)] = 0
+                columns[name][[row for row, _ in rejected]] = 0
             path = group_path(task.name, group, maker)
             file = write_group(self._directory, path, keys, columns, self._trim)
-        count = len({contents[row] for row in work.made})
-        size, total = task.size, len(keys)
-        Receipt(
-            task.name, group, maker, total, size, file, rejected, count, round(seconds, 3)
-        ).save(self._directory)
+        receipt = Receipt(
+            task.name, group, maker, len(keys), task.size, file, rejected, len(work.made),
+            round(seconds, 3),
+        )  # fmt: skip
+        receipt.save(self._directory)
 
     def _former(self, group: str, reused: Reused) -> dict[str, Tensor]:
         """The reused rows' columns, in the order of ``reused.rows``."""
         if not reused.rows:
             return {}
         reader, found = ShardReader(self._directory), {}
-        for name in (name for name in GROUPS[group] if name in reused.shards[0].files[group].columns):
+        there_are = reused.shards[0].files[group].columns
+        for name in (name for name in GROUPS[group] if name in there_are):
             parts: list[Tensor | None] = [None] * len(reused.rows)
             for number, shard in enumerate(reused.shards):
                 places = [at for at, (_, which, _) in enumerate(reused.rows) if which == number]
@@ -178,8 +180,15 @@ class _Work:
         return found
 
     def add(self, batch: list[int]) -> None:
-        """Encode rows of the shard."""
-        self._encode([(row, s) for row in batch if (s := self._sample(row)) is not None])
+        """Read and encode rows of the shard."""
+        samples = []
+        for row, picture in zip(batch, self._pictures(batch), strict=True):
+            if isinstance(picture, Exception):
+                self._refused[row] = str(picture)
+            else:
+                key, caption = self._rows[KEY][row], self._rows["caption"][row]
+                samples.append((row, Sample(key, caption, *picture)))
+        self._encode(samples)
 
     def _encode(self, samples: list[tuple[int, Sample]]) -> None:
         if not samples:
@@ -197,28 +206,50 @@ class _Work:
         for name, rows in columns.items():
             self._parts.setdefault(name, []).append(rows)
 
-    def _sample(self, row: int) -> Sample | None:
-        """A row's picture and caption, ready to be encoded."""
-        rows, image, mask = self._rows, None, None
-        if set(self._groups) & set(NEEDS_PICTURES):
-            name = rows["source"][row]
+    def _pictures(
+        self, batch: list[int]
+    ) -> Iterator[tuple[Image.Image | None, Image.Image | None] | Exception]:
+        """Picture and mask of each row at the shard's size, or why there is none."""
+        if not set(self._groups) & set(NEEDS_PICTURES):
+            yield from ((None, None) for _ in batch)
+            return
+        masked = [
+            row for row in batch if "mask" in self._groups and self._rows["mask_locator"][row]
+        ]
+        found = self._contents(masked, "mask_locator", "mask_picture")
+        masks = dict(zip(masked, found, strict=True))
+        contents = self._contents(batch, "locator", "picture")
+        for row, content in zip(batch, contents, strict=True):
             try:
-                content = self._read(row, "locator", "picture")
-                image = decode_picture(content, name, self._data.max_pixels)
-                if rows["mask_locator"][row] and "mask" in self._groups:
-                    content = self._read(row, "mask_locator", "mask_picture")
-                    mask = decode_mask(content, name, image.size, self._data.max_pixels)
-                    mask = fit_mask(mask, self._size)
-                image = fit_picture(image, self._size)
+                yield self._decode(row, content), self._decode_mask(row, masks.get(row))
             except (InputError, OSError) as error:
-                self._refused[row] = str(error)
-                return None
-        return Sample(rows[KEY][row], rows["caption"][row], image, mask)
+                yield error
 
-    def _read(self, row: int, locator: str, picture: str) -> bytes:
-        (content,) = open_pictures(self._data, [self._rows[locator][row]])
-        if digest_of(content) != self._rows[picture][row]:
-            raise InputError(
-                f"'{self._rows['source'][row]}' was changed while the cache was built: build again"
-            )
-        return content
+    def _decode(self, row: int, content: bytes | Exception) -> Image.Image:
+        if isinstance(content, Exception):
+            raise content
+        name = self._rows["source"][row]
+        return fit_picture(decode_picture(content, name, self._data.max_pixels), self._size)
+
+    def _decode_mask(self, row: int, content: bytes | Exception | None) -> Image.Image | None:
+        if content is None:
+            return None
+        if isinstance(content, Exception):
+            raise content
+        upright = (int(self._rows["width"][row]), int(self._rows["height"][row]))
+        name = self._rows["source"][row]
+        return fit_mask(decode_mask(content, name, upright, self._data.max_pixels), self._size)
+
+    def _contents(
+        self, batch: list[int], locator: str, picture: str
+    ) -> Iterator[bytes | Exception]:
+        """Files of rows, made sure to be those that were indexed."""
+        files = open_pictures(self._data, [self._rows[locator][row] for row in batch])
+        for row, content in zip(batch, files, strict=True):
+            if isinstance(content, bytes) and digest_of(content) != self._rows[picture][row]:
+                yield InputError(
+                    f"'{self._rows['source'][row]}' was changed while the cache was built: build "
+                    f"again"
+                )
+            else:
+                yield content

@@ -1,7 +1,7 @@
 """What pictures a source holds: each read once, checked, and written down by its content.
 
-A source is cut into units. A unit's index is a small Parquet file, named by the unit's digest, which
-follows the sizes and times of its files: a unit that has not changed is not read again.
+A source is cut into units. A unit's index is a small Parquet file, named by the unit's digest,
+which follows the sizes and times of its files: a unit that has not changed is not read again.
 """
 
 from pathlib import Path

@@ -3,15 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.schema import FORMAT_VERSION, Layout
-from tinyflux.errors import CacheError
-from tinyflux.util.config import to_dict
+from tinyflux.errors import CacheError, ConfigError
+from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
@@ -26,14 +25,6 @@ class FileInfo:
     bytes: int
     sha256: str
     columns: dict[str, Layout] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "FileInfo":
-        layouts = {
-            name: Layout(item["offset"], tuple(item["shape"]), item["dtype"], item["trimmed"])
-            for name, item in data["columns"].items()
-        }
-        return cls(data["path"], data["bytes"], data["sha256"], layouts)
 
 
 @dataclass(frozen=True)
@@ -50,11 +41,6 @@ class ShardInfo:
     rows: int
     files: dict[str, FileInfo]
     dropped: tuple[int, ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ShardInfo":
-        files = {group: FileInfo.from_dict(item) for group, item in data["files"].items()}
-        return cls(data["name"], data["rows"], files, tuple(data["dropped"]))
 
     @property
     def samples(self) -> int:
@@ -85,11 +71,6 @@ class GroupInfo:
         data = to_dict(self)
         return digest_of({**data, "models": {k: v["digest"] for k, v in data["models"].items()}})
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "GroupInfo":
-        models = {name: ModelInfo(**item) for name, item in data["models"].items()}
-        return cls(models, data["dtype"], data["code_version"], dict(data["settings"]))
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -111,14 +92,6 @@ class Recipe:
     latent_shift: float | None = None
     latent_scale: float | None = None
     groups: dict[str, GroupInfo] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        values = {item.name: data[item.name] for item in dataclasses.fields(cls)}
-        for name in ("t_buckets", "t5_layers"):
-            values[name] = None if values[name] is None else tuple(values[name])
-        groups = {name: GroupInfo.from_dict(item) for name, item in data["groups"].items()}
-        return cls(**{**values, "groups": groups})
 
     def merged(self, other: "Recipe") -> "Recipe":
         """This recipe with what only ``other`` knows."""
@@ -214,22 +187,9 @@ class Manifest:
                 f"the cache and build it again"
             )
         try:
-            null_text, rejected = data["null_text"], data["rejected"]
-            manifest = cls(
-                rows=data["rows"],
-                recipe=Recipe.from_dict(data["recipe"]),
-                shards=tuple(ShardInfo.from_dict(item) for item in data["shards"]),
-                null_text=None if null_text is None else FileInfo.from_dict(null_text),
-                rejected=None if rejected is None else FileInfo.from_dict(rejected),
-                index=tuple(data["index"]),
-                name=data["name"],
-                built=data["built"],
-                format_version=data["format_version"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CacheError(
-                f"'{path}' is damaged (bad entry {error}): build the cache again"
-            ) from error
+            manifest = from_dict(cls, data, str(path))
+        except (ConfigError, TypeError) as error:
+            raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
         if not manifest.shards or manifest.rows != sum(s.samples for s in manifest.shards):
             raise CacheError(f"'{path}' is damaged (row counts): build the cache again")
         return manifest

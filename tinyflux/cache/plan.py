@@ -1,11 +1,11 @@
 """Which samples there are, and how they are cut into shards.
 
 A picture with several captions is as many samples. Samples of one encoded size stand in the order
-of their source and are cut where their own keys say so, as backup programs cut files: a picture that
-is added, edited or taken out moves the borders near it and no others.
+of their source and are cut where their own keys say so, as backup programs cut files: a picture
+that is added, edited or taken out moves the borders near it and no others.
 
-A shard's ``rows`` file lists its samples. It is the plan for whoever encodes the shard, and a part of
-the dataset.
+A shard's ``rows`` file lists its samples. It is the plan for whoever encodes the shard, and a part
+of the dataset.
 """
 
 from collections.abc import Iterable, Iterator

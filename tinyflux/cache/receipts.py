@@ -12,7 +12,8 @@ from pathlib import Path
 from tinyflux.cache.keys import Size
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.shards import SHARD_FOLDER, is_whole
-from tinyflux.util.config import to_dict
+from tinyflux.errors import ConfigError
+from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write
 
 RECEIPT_FOLDER = "receipts"
@@ -27,7 +28,7 @@ class Receipt:
         rows: in the file.
         size: width and height of the encoded pictures.
         file: None where no row of the shard could be made.
-        rejected: rows that are zeros in the file, with the reason.
+        rejected: rows that are zeros in the file, by number, with the reason.
         computed: rows that were run through models; the rest was taken from other files.
         seconds: that it took.
     """
@@ -38,7 +39,7 @@ class Receipt:
     rows: int
     size: Size
     file: FileInfo | None
-    rejected: dict[int, str] = field(default_factory=dict)
+    rejected: list[tuple[int, str]] = field(default_factory=list)
     computed: int = 0
     seconds: float = 0.0
 
@@ -73,11 +74,7 @@ def all_receipts(directory: Path) -> Iterator[Receipt]:
 
 def _read(directory: Path, path: Path) -> Receipt | None:
     try:
-        data = json.loads(path.read_bytes())
-        file = None if data["file"] is None else FileInfo.from_dict(data["file"])
-        rejected = {int(row): reason for row, reason in data["rejected"].items()}
-        changed = {"size": tuple(data["size"]), "file": file, "rejected": rejected}
-        receipt = Receipt(**{**data, **changed})
-    except (OSError, ValueError, KeyError, TypeError):
+        receipt = from_dict(Receipt, json.loads(path.read_bytes()), str(path))
+    except (OSError, ValueError, TypeError, ConfigError):
         return None
     return receipt if receipt.file is None or is_whole(directory, receipt.file) else None

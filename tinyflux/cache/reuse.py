@@ -52,8 +52,9 @@ class FormerRows:
         shards = self._shards.setdefault(receipt.group, [])
         places = self._places.setdefault(receipt.group, {})
         contents = read_contents(lists[0], receipt.group, receipt.size)
+        rejected = dict(receipt.rejected)
         for row, content in enumerate(contents):
-            if row not in receipt.rejected:
+            if row not in rejected:
                 places.setdefault(content, (len(shards), row))
         shards.append(ShardInfo(receipt.shard, receipt.rows, {receipt.group: receipt.file}))
 

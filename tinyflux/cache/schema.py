@@ -21,8 +21,16 @@ FORMAT_VERSION = 2
 # ``rows`` says what the samples are; the others hold what models made of them.
 ROWS = "rows"
 GROUPS: dict[str, tuple[str, ...]] = {
-    ROWS: ("picture", "mask_picture", "caption", "source", "locator", "mask_locator")
-    + ("width", "height"),
+    ROWS: (
+        "picture",
+        "mask_picture",
+        "caption",
+        "source",
+        "locator",
+        "mask_locator",
+        "width",
+        "height",
+    ),
     "latents": ("latents",),
     "mask": ("mask",),
     "text": ("t5_embeds", "clip_pooled"),

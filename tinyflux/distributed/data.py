@@ -41,10 +41,10 @@ class Rows(Protocol):
 class SampleOrder:
     """From positions to rows of the data: a real shuffle of all of it, each pass its own.
 
-    A global batch holds pictures of one size. The rows of each size form a stream of their own, pass
-    after pass, and a pass over the data takes from each stream its due number of batches, in an
-    order that is shuffled as well. A stream's batch may reach from one pass into the next, so no row
-    is left out or comes more often than another.
+    A global batch holds pictures of one size. The rows of each size form a stream of their own,
+    pass after pass, and a pass over the data takes from each stream its due number of batches, in
+    an order that is shuffled as well. A stream's batch may reach from one pass into the next, so no
+    row is left out or comes more often than another.
 
     The whole permutation is in memory (8 bytes a row); an order with bounded memory and sequential
     reads can take its place behind :meth:`rows`.

@@ -192,7 +192,7 @@ class ModelZoo:
             )
 
     def digest(self, name: str) -> str:
-        """SHA-256 over a model's sorted tensor names, shapes and fp32 values, and its vocabulary."""
+        """SHA-256 over a model's vocabulary and its tensors' sorted names, shapes, fp32 values."""
         self._check_name(name)
         if name not in self._digests:
             loaded = self._loaders[name]()

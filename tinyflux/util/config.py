@@ -81,7 +81,11 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, not {value!r:.60}")
-        return origin(_cast(item, args[0] if args else Any, where) for item in value)
+        if origin is tuple and args and args[-1] is not ... and len(args) == len(value):
+            hints = list(args)
+        else:
+            hints = [args[0] if args else Any] * len(value)
+        return origin(_cast(item, kind, where) for item, kind in zip(value, hints, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must map names to values, not {value!r:.60}")

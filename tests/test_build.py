@@ -1,0 +1,400 @@
+"""A cache build without Ray: what is computed, what is kept, and what is refused."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tests.worlds import make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
+from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.extract import CacheConfig, Extractor
+from tinyflux.cache.receipts import all_receipts
+from tinyflux.cache.sources import DataConfig
+from tinyflux.errors import CacheError, InputError
+from tinyflux.trainer.cache_experts import DatasetCache, EncodingCache
+
+CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in
+            ("circle", "square", "heart", "star")]  # fmt: skip
+GROUPS = ("latents", "text", "lune", "sol")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def configs(tmp_path, world):
+    """Twelve pictures in shards of at most four."""
+    torch.set_num_threads(1)
+    write_pictures(tmp_path / "pictures", CAPTIONS)
+    return BuildConfigs(
+        DataConfig(str(tmp_path / "pictures"), 16, 16),
+        zoo_config(world),
+        CacheConfig(str(tmp_path / "cache"), rows_per_shard=4, batch_size=3),
+        student_config(),
+    )
+
+
+def changed(configs, **sections):
+    """``configs`` with other fields, as ``data={"folder": ...}``."""
+    new = {name: replace(getattr(configs, name), **values) for name, values in sections.items()}
+    return replace(configs, **new)
+
+
+def make(configs):
+    return build(configs, LocalRunner(configs))
+
+
+def rows_by_key(path):
+    """Every sample's tensors and caption, by key."""
+    dataset = CachedDataset(path)
+    keys, captions = dataset.keys(), dataset.captions()
+    assert len(set(keys)) == len(keys)
+    found = {}
+    for _, run in dataset.grids():
+        columns = dataset.read(run)
+        for at, row in enumerate(run):
+            tensors = {name: values[at] for name, values in columns.items()}
+            found[keys[row]] = (captions[row], tensors)
+    return found
+
+
+def assert_same(one, other, tolerance=0.0):
+    found, expected = rows_by_key(one), rows_by_key(other)
+    assert found.keys() == expected.keys()
+    for key, (caption, tensors) in expected.items():
+        assert found[key][0] == caption
+        assert found[key][1].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                found[key][1][name], tensor, rtol=tolerance, atol=tolerance, msg=name
+            )
+
+
+def computed(configs):
+    """Builds, and counts the rows that went through models, by group."""
+    before = {(r.shard, r.group, r.maker) for r in all_receipts(configs.directory)}
+    make(configs)
+    new = [r for r in all_receipts(configs.directory)
+           if (r.shard, r.group, r.maker) not in before]  # fmt: skip
+    return {group: sum(r.computed for r in new if r.group == group) for group in GROUPS}
+
+
+NOTHING = dict.fromkeys(GROUPS, 0)
+
+
+def test_a_finished_cache_is_left_as_it_is(configs):
+    manifest = make(configs)
+    assert manifest.rows == len(CAPTIONS)
+    stamps = {path: path.stat().st_mtime_ns for path in configs.directory.rglob("*")}
+    assert make(configs) == manifest
+    assert {path: path.stat().st_mtime_ns for path in configs.directory.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 1), (5, 2), (100, 12)])
+def test_features_do_not_depend_on_shards_or_batches(configs, rows, batch):
+    make(configs)
+    other = changed(configs, cache={"path": f"{configs.cache.path}-other",
+                                    "rows_per_shard": rows, "batch_size": batch})  # fmt: skip
+    make(other)
+    assert_same(other.directory, configs.directory, tolerance=2e-3)
+
+
+def test_the_library_without_a_job_computes_the_same(configs):
+    make(configs)
+    folder = Path(configs.data.folder)
+    images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+    cache = DatasetCache.build(configs.zoo.build(configs.model), images, CAPTIONS)
+    dataset = CachedDataset(configs.directory)
+    order = sorted(range(len(dataset)), key=dataset.sources().__getitem__)
+    rows = dataset.read(order)
+    for name in ("latents", "t5_embeds", "clip_pooled"):
+        torch.testing.assert_close(
+            cache.encodings.columns()[name].float(), rows[name], rtol=2e-3, atol=2e-3
+        )
+    # The noise follows the picture's bytes there and its pixels here, so the teachers' differ.
+    assert cache.lune.features.shape == rows["lune"].shape
+
+
+def test_other_shards_are_filled_from_what_is_there(configs):
+    make(configs)
+    assert computed(changed(configs, cache={"rows_per_shard": 7})) == NOTHING
+
+
+def test_another_text_encoder_recomputes_text_alone(configs, tmp_path):
+    make(configs)
+    before = rows_by_key(configs.directory)
+    other = make_world(tmp_path / "other", seed=1)
+    new = changed(configs, zoo={"t5_repo": str(other / "t5")})
+    assert computed(new) == {**NOTHING, "text": len(CAPTIONS)}
+    for key, (_, tensors) in rows_by_key(configs.directory).items():
+        assert not torch.equal(tensors["t5_embeds"], before[key][1]["t5_embeds"])
+        assert torch.equal(tensors["lune"], before[key][1]["lune"])
+    # The first encoder's files are still there.
+    assert computed(configs) == NOTHING
+
+
+def test_weights_that_were_trained_on_at_the_same_path_are_noticed(configs, tmp_path):
+    world = shutil.copytree(configs.zoo.experts_repo, tmp_path / "copy")
+    mine = changed(configs, zoo={"experts_repo": str(world)})
+    make(mine)
+    other = make_world(tmp_path / "other", seed=1)
+    shutil.rmtree(world / "lune")
+    shutil.copytree(other / "lune", world / "lune")
+    assert computed(mine) == {**NOTHING, "lune": len(CAPTIONS)}
+
+
+def test_a_teacher_is_added_to_a_finished_cache(configs):
+    make(changed(configs, cache={"extract_sol": False}))
+    assert computed(configs) == {**NOTHING, "sol": len(CAPTIONS)}
+    assert "sol_stats" in CachedDataset(configs.directory).read([0])
+
+
+def test_an_edited_picture_recomputes_its_own_row(configs):
+    make(configs)
+    before = rows_by_key(configs.directory)
+    write_pictures(Path(configs.data.folder) / "tmp", ["x"], seed=9)
+    os.replace(Path(configs.data.folder) / "tmp/000.png", Path(configs.data.folder) / "005.png")
+    shutil.rmtree(Path(configs.data.folder) / "tmp")
+    once = {group: 1 for group in ("latents", "lune", "sol")}
+    assert computed(configs) == {**NOTHING, **once}
+    after = rows_by_key(configs.directory)
+    assert len(before.keys() & after.keys()) == len(CAPTIONS) - 1
+    for key in before.keys() & after.keys():
+        for name, tensor in before[key][1].items():
+            assert torch.equal(after[key][1][name], tensor)
+    fresh = changed(configs, cache={"path": f"{configs.cache.path}-fresh"})
+    make(fresh)
+    assert_same(configs.directory, fresh.directory, tolerance=2e-3)
+
+
+def test_an_edited_caption_recomputes_what_saw_it(configs):
+    make(configs)
+    (Path(configs.data.folder) / "005.txt").write_text("yellow circle")
+    assert computed(configs) == {"latents": 0, "text": 1, "lune": 1, "sol": 1}
+
+
+def test_renamed_added_and_removed_pictures(configs):
+    make(configs)
+    folder = Path(configs.data.folder)
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"z{path.name}" if path.stem < "004" else path)
+    assert computed(configs) == NOTHING
+    assert "z000.png" in CachedDataset(configs.directory).sources()
+    for name in ("z001.png", "z001.txt", "007.png", "007.txt"):
+        (folder / name).unlink()
+    assert computed(configs) == NOTHING
+    assert len(CachedDataset(configs.directory)) == len(CAPTIONS) - 2
+    write_pictures(folder / "more", ["new one", "another one"], seed=11)
+    assert computed(configs) == dict.fromkeys(GROUPS, 2)
+
+
+def test_a_sample_that_is_listed_twice_is_kept_once(configs, capsys):
+    folder = Path(configs.data.folder)
+    shutil.copy(folder / "003.png", folder / "copy.png")
+    shutil.copy(folder / "003.txt", folder / "copy.txt")
+    assert make(configs).rows == len(CAPTIONS)
+    assert "1 samples are listed twice" in capsys.readouterr().out
+
+
+def test_pictures_of_several_sizes_and_a_new_size(configs):
+    folder = Path(configs.data.folder)
+    write_pictures(folder / "wide", CAPTIONS[:3], size=(32, 16), seed=5)
+    write_pictures(folder / "tall", CAPTIONS[:2], size=(16, 32), seed=6)
+    bucket = changed(configs, data={"resize": "bucket", "areas": (16,), "step": 4,
+                                    "max_aspect": 2.0})  # fmt: skip
+    make(bucket)
+    dataset = CachedDataset(bucket.directory)
+    grids = {grid for grid, _ in dataset.grids()}
+    assert len(grids) == 3
+    assert (4, 4) in grids
+    for _, run in dataset.grids():
+        columns = dataset.read(run)
+        assert torch.isfinite(columns["sol_spatial"]).all()
+    with pytest.raises(CacheError, match="several sizes"):
+        dataset.read(range(len(dataset)))
+    # A larger area takes the larger pictures and leaves the others as they are.
+    larger = changed(bucket, data={"areas": (16, 22)})
+    found = computed(larger)
+    assert found == {"latents": 5, "text": 0, "lune": 5, "sol": 5}
+
+
+def test_broken_pictures_are_left_out_up_to_a_share(configs):
+    folder = Path(configs.data.folder)
+    (folder / "002.png").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"1 of 12 pictures .* 002\.png.* is not a picture"):
+        make(configs)
+    assert not (configs.directory / "manifest.json").exists()
+    allowed = changed(configs, data={"max_rejected": 0.1})
+    manifest = make(allowed)
+    assert manifest.rows == len(CAPTIONS) - 1
+    table = pq.read_table(configs.directory / manifest.rejected.path).to_pylist()
+    assert [row["source"] for row in table] == ["002.png"]
+    assert "is not a picture" in table[0]["reason"]
+    with pytest.raises(InputError, match="2 of 12"):
+        (folder / "003.png").write_bytes(b"")
+        make(allowed)
+
+
+def test_features_that_are_not_finite_and_long_captions_are_rejected(configs, monkeypatch):
+    (Path(configs.data.folder) / "001.txt").write_text("red " * 100)
+    teachers = Extractor.teachers
+    victim = Path(configs.data.folder, "007.txt").read_text()
+
+    def overflow(self, keys, latents, captions, names=None):
+        found = teachers(self, keys, latents, captions, names)
+        for row, caption in enumerate(captions):
+            if caption == victim:
+                found["lune"][row, 3] = float("inf")
+        return found
+
+    monkeypatch.setattr(Extractor, "teachers", overflow)
+    allowed = changed(configs, data={"max_rejected": 0.2})
+    manifest = make(allowed)
+    assert manifest.rows == len(CAPTIONS) - 2
+    table = pq.read_table(configs.directory / manifest.rejected.path).to_pylist()
+    reasons = {row["source"]: row["reason"] for row in table}
+    assert reasons.keys() == {"001.png", "007.png"}
+    assert "the limit is 24" in reasons["001.png"]
+    assert reasons["007.png"] == "lune is not finite in float16"
+    dataset = CachedDataset(configs.directory)
+    assert victim not in dataset.captions()
+    assert torch.isfinite(dataset.read(range(len(dataset)))["lune"]).all()
+    with pytest.raises(InputError, match="2 of 12 pictures"):
+        make(configs)
+
+
+def test_an_actor_out_of_memory_halves_its_batch(configs, monkeypatch, capsys):
+    make(configs)
+    encode = type(configs.zoo.build(configs.model)).encode_images_batched
+    sizes = []
+
+    def limited(self, images, batch_size=32):
+        sizes.append(batch_size)
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, images, batch_size)
+
+    monkeypatch.setattr("tinyflux.model.zoo.ModelZoo.encode_images_batched", limited)
+    other = changed(configs, cache={"path": f"{configs.cache.path}-small", "batch_size": 4})
+    make(other)
+    assert sizes[:3] == [4, 2, 1]
+    assert set(sizes[3:]) == {1}
+    assert "going on with batches of 1" in capsys.readouterr().out
+    assert_same(other.directory, configs.directory, tolerance=2e-3)
+
+    def never(self, images, batch_size=32):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("tinyflux.model.zoo.ModelZoo.encode_images_batched", never)
+    with pytest.raises(CacheError, match="does not hold a single picture"):
+        make(changed(configs, cache={"path": f"{configs.cache.path}-none"}))
+
+
+def test_other_peoples_directories_and_two_jobs_at_once_are_refused(configs, tmp_path):
+    (tmp_path / "home" / "work").mkdir(parents=True)
+    precious = tmp_path / "home" / "work" / ".mine.tmp"
+    precious.write_text("not yours")
+    with pytest.raises(CacheError, match="holds other files and no cache"):
+        make(changed(configs, cache={"path": str(tmp_path / "home")}))
+    assert precious.exists()
+    EncodingCache(torch.ones(2, 4, 4, 4), torch.ones(2, 24, 16), torch.ones(2, 16)).save(
+        str(tmp_path / "memory")
+    )
+    with pytest.raises(CacheError, match="no build job made"):
+        make(changed(configs, cache={"path": str(tmp_path / "memory")}))
+    with claim(configs.directory), pytest.raises(CacheError, match="another job is working"):
+        make(configs)
+    make(configs)
+
+
+def run(configs, started, limit):
+    """A whole build in a process of its own; its exit code is 2 after a user's error."""
+    if limit:  # bytes that a file may have
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    torch.set_num_threads(1)
+    started.set()
+    try:
+        make(configs)
+    except CacheError as error:
+        Path(f"{configs.cache.path}.error").write_text(str(error)[:2000])
+        sys.exit(2)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_build", "diffusers", "transformers"])
+    return context
+
+
+def start(processes, configs, limit=0):
+    started = processes.Event()
+    process = processes.Process(target=run, args=(configs, started, limit))
+    process.start()
+    assert started.wait(timeout=120)
+    return process
+
+
+def finish(process):
+    process.join(timeout=120)
+    code = process.exitcode
+    process.close()
+    return code
+
+
+def test_a_store_that_refuses_writes_ends_with_a_sentence_and_resumes(configs, processes):
+    assert finish(start(processes, configs, limit=3000)) == 2
+    output = Path(f"{configs.cache.path}.error").read_text()
+    assert "cannot be written" in output
+    assert not (configs.directory / "manifest.json").exists()
+    assert not list(configs.directory.rglob(".*.tmp"))
+    make(configs)
+    fresh = changed(configs, cache={"path": f"{configs.cache.path}-fresh"})
+    make(fresh)
+    assert_same(configs.directory, fresh.directory)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processes):
+    """SIGKILL while files are being made and written, again and again, then one run to the end."""
+    straight = changed(configs, cache={"path": f"{configs.cache.path}-straight"})
+    process = start(processes, straight)
+    begun = time.monotonic()
+    assert finish(process) == 0
+    length = time.monotonic() - begun
+    dice = random.Random(0)
+    kills, states = 0, []
+    while kills < 20:
+        # All receipts gone now and then, so that there is always something to kill.
+        if not dice.randrange(4):
+            for path in sorted(configs.directory.glob("receipts/*.json"))[::2]:
+                path.unlink()
+        before = len(list(configs.directory.glob("receipts/*.json")))
+        process = start(processes, configs)
+        time.sleep(dice.uniform(0, length))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        finish(process)
+        states.append(len(list(configs.directory.glob("receipts/*.json"))) - before)
+    assert min(states) >= 0  # nothing that was committed is lost
+    assert max(states) > 0
+    assert finish(start(processes, configs)) == 0
+    assert_same(configs.directory, straight.directory)
+    assert CachedDataset(configs.directory).keys() == CachedDataset(straight.directory).keys()

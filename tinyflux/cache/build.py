@@ -1,0 +1,400 @@
+"""Building a dataset: what there is to do, who does it, and the manifest at the end.
+
+Pictures are indexed, cut into shards, and encoded; each column group of a shard is one file,
+committed by its receipt. The manifest is written when all are there. A run that was killed anywhere
+continues with what has no receipt, and a run with other pictures or models computes only what these
+change.
+
+The work itself is a :class:`Runner`'s: Ray's, or this process's own.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tinyflux.cache.encode import ShardEncoder, ShardTask
+from tinyflux.cache.extract import CacheConfig, extractor_for
+from tinyflux.cache.index import INDEX_FOLDER, index_path, read_index, write_index
+from tinyflux.cache.keys import digest_of
+from tinyflux.cache.manifest import (
+    BUILD_MARK,
+    MANIFEST_NAME,
+    FileInfo,
+    Manifest,
+    Recipe,
+    ShardInfo,
+    sha256,
+)
+from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
+from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt
+from tinyflux.cache.reuse import FormerRows, Reused, read_contents
+from tinyflux.cache.schema import ROWS
+from tinyflux.cache.shards import SHARD_FOLDER, is_whole, write_null_text
+from tinyflux.cache.sources import DataConfig, Unit, list_units
+from tinyflux.errors import CacheError, ConfigError, InputError
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.files import atomic_write
+
+MAKERS_NAME, REJECTED_NAME = "makers.json", "rejected.parquet"
+
+Receipts = dict[tuple[str, str], Receipt]  # by shard and group
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfigs:
+    """What every process of a build is told."""
+
+    data: DataConfig
+    zoo: ZooConfig
+    cache: CacheConfig
+    model: TinyFluxConfig
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.cache.path)
+
+    def encoder(self) -> ShardEncoder:
+        """For one process, which keeps it and the models that it holds."""
+        torch.set_num_threads(max(1, int(self.cache.cpus_per_actor)))
+        extractor = extractor_for(self.zoo.build(self.model), self.cache)
+        return ShardEncoder(self.directory, self.data, extractor, self.model.text_padding == "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class Makers:
+    """What the models are: their recipe, and the file of the empty caption's embedding."""
+
+    recipe: Recipe
+    null_text: FileInfo
+
+
+class Runner(Protocol):
+    """Does a build's work; the three methods' functions are below."""
+
+    def prepare(self) -> Callable[[], Makers]:
+        """Start :func:`prepare`; the answer waits for it."""
+        ...
+
+    def index(self, units: Sequence[Unit]) -> Iterable[None]:
+        """Index every unit; an item for each that is done."""
+        ...
+
+    def encode(self, tasks: Sequence[ShardTask]) -> Iterable[str]:
+        """Encode every task; its name when it is done."""
+        ...
+
+
+class LocalRunner:
+    """One thing after another, in this process."""
+
+    def __init__(self, configs: BuildConfigs):
+        self._configs = configs
+
+    def prepare(self) -> Callable[[], Makers]:
+        return lambda: prepare(self._configs)
+
+    def index(self, units: Sequence[Unit]) -> Iterator[None]:
+        for unit in units:
+            yield write_index(self._configs.directory, self._configs.data, unit)
+
+    def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
+        encoder = self._configs.encoder()
+        for task in tasks:
+            encoder(task)
+            yield task.name
+
+
+def prepare(configs: BuildConfigs) -> Makers:
+    """Load the models, name them by their weights, and encode the empty caption."""
+    torch.set_num_threads(max(1, int(configs.cache.cpus_per_actor)))
+    extractor = extractor_for(configs.zoo.build(configs.model), configs.cache)
+    recipe = extractor.recipe(mask=bool(configs.data.mask_key))
+    path = f"null_text.{recipe.groups['text'].maker[:8]}.safetensors"
+    return Makers(recipe, write_null_text(configs.directory, *extractor.null_text(), path))
+
+
+def build(configs: BuildConfigs, runner: Runner) -> Manifest:
+    """Build the dataset at ``cache.path``, or what is missing of it or has changed.
+
+    Raises:
+        InputError: more pictures than ``data.max_rejected`` cannot be used.
+        CacheError: ``cache.path`` is not a build job's, or cannot be written.
+    """
+    data, directory = configs.data, configs.directory
+    if not configs.cache.path:
+        raise ConfigError("cache.path is not set: name the directory of the dataset")
+    try:
+        with claim(directory):
+            units = list_units(data)
+            makers = _index_and_prepare(configs, runner, units)
+            rejected = Rejected()
+            tables = (read_index(directory, data, unit) for unit in units)
+            size = configs.cache.rows_per_shard
+            planned = list(plan_shards(directory, data, tables, size, rejected))
+            _check_rejected(data, len(rejected.rows), rejected)
+            receipts = _encode(configs, runner, makers.recipe, planned, rejected)
+            manifest = _commit(configs, makers, units, planned, receipts, rejected)
+    except OSError as error:
+        raise CacheError(
+            f"the cache at '{directory}' cannot be written ({error}): mend that, and run the same "
+            f"command again to continue"
+        ) from error
+    shards = len(manifest.shards)
+    print(f"cache: {manifest.rows} rows in {shards} shards at {directory}", flush=True)
+    return manifest
+
+
+def claim(directory: Path) -> IO[bytes]:
+    """Make ``directory`` this job's, or say why it cannot be.
+
+    Returns:
+        The lock, held until it is closed or the process ends.
+    """
+    if (directory / MANIFEST_NAME).exists() and not Manifest.load(directory).built:
+        raise CacheError(
+            f"'{directory}' holds a dataset that no build job made: use another cache.path"
+        )
+    mark = directory / BUILD_MARK
+    if not mark.exists():
+        if directory.exists() and not all(
+            entry.match(f".{BUILD_MARK}.*.tmp") for entry in directory.iterdir()
+        ):
+            raise CacheError(
+                f"cache.path '{directory}' holds other files and no cache: name a new or empty "
+                f"directory"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        # First, so that whatever else is found here later is known to be this cache's.
+        atomic_write(mark, b'{"owner": "tinyflux"}\n')
+    lock = mark.open("rb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise CacheError(
+            f"another job is working on the cache at '{directory}': wait for it to end"
+        ) from None
+    for folder in (INDEX_FOLDER, RECEIPT_FOLDER, SHARD_FOLDER):
+        (directory / folder).mkdir(exist_ok=True)
+    for leftover in directory.rglob(".*.tmp"):  # of writers that were killed
+        leftover.unlink(missing_ok=True)
+    return lock
+
+
+def _index_and_prepare(configs: BuildConfigs, runner: Runner, units: list[Unit]) -> Makers:
+    """Index the units that are not, and find out what the models are; both at once."""
+    directory, data = configs.directory, configs.data
+    missing = [unit for unit in units if not index_path(directory, data, unit).exists()]
+    known = _known_makers(configs)
+    pending = runner.prepare() if known is None else None
+    if missing:
+        progress = _Progress("indexed", "units", len(units), len(units) - len(missing))
+        for _ in runner.index(missing):
+            progress.add(1)
+    if pending is not None:
+        known = pending()
+        if (signature := _signature(configs)) is not None:
+            record = {"signature": signature, **to_dict(known)}
+            atomic_write(directory / MAKERS_NAME, json.dumps(record, indent=1).encode())
+    assert known is not None
+    return known
+
+
+def _signature(configs: BuildConfigs) -> str | None:
+    """Changes when the weights may have; None for models of the hub, which can change any time."""
+    zoo = configs.zoo
+    files = []
+    for repo in {zoo.vae_repo, zoo.t5_repo, zoo.clip_repo, zoo.experts_repo, zoo.sd_repo}:
+        if not os.path.isdir(repo):
+            return None
+        for path in sorted(Path(repo).rglob("*")):
+            if path.is_file():
+                state = path.stat()
+                files.append([str(path), state.st_size, state.st_mtime_ns])
+    settings = {**to_dict(configs.cache), **to_dict(configs.model)}
+    chosen = ("extract_lune", "extract_sol", "seed", "t5_layers", "max_text_length")
+    chosen += ("text_padding", "latent_shift")
+    made_with = {name: settings[name] for name in chosen}
+    return digest_of([sorted(files), made_with, to_dict(zoo), bool(configs.data.mask_key)])
+
+
+def _known_makers(configs: BuildConfigs) -> Makers | None:
+    """What an earlier run found out about these models, unless their files have changed."""
+    try:
+        record = json.loads((configs.directory / MAKERS_NAME).read_bytes())
+        signature = _signature(configs)
+        if signature is None or record.pop("signature") != signature:
+            return None
+        makers = from_dict(Makers, record, MAKERS_NAME)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return None
+    return makers if is_whole(configs.directory, makers.null_text) else None
+
+
+def _encode(
+    configs: BuildConfigs,
+    runner: Runner,
+    recipe: Recipe,
+    planned: list[PlannedShard],
+    rejected: Rejected,
+) -> Receipts:
+    """Receipts of every planned file; what has none is made."""
+    directory = configs.directory
+    makers = {group: info.maker for group, info in recipe.groups.items()}
+    receipts: Receipts = {}
+    lacking: dict[str, list[str]] = {}
+    for shard in planned:
+        for group, maker in makers.items():
+            receipt = read_receipt(directory, shard.name, group, maker)
+            if receipt is None:
+                lacking.setdefault(shard.name, []).append(group)
+            else:
+                receipts[shard.name, group] = receipt
+    todo = {shard.name: shard for shard in planned if shard.name in lacking}
+    if not todo:
+        return receipts
+    total, left = (sum(shard.rows for shard in some) for some in (planned, todo.values()))
+    if receipts:
+        print(f"cache: {total - left} of {total} rows are there as they should be", flush=True)
+    former = FormerRows(directory, makers, {shard.name for shard in planned})
+    tasks = [_task(directory, s, lacking[s.name], makers, former) for s in todo.values()]
+    progress = _Progress("encoded", "rows", total, total - left)
+    failed = len(rejected.rows)
+    for name in runner.encode(tasks):
+        dropped: dict[int, str] = {}
+        for group in lacking[name]:
+            receipt = read_receipt(directory, name, group, makers[group])
+            if receipt is None:
+                raise CacheError(
+                    f"shard {name} was written but is not whole at '{directory}': is that "
+                    f"directory shared by all nodes?"
+                )
+            receipts[name, group] = receipt
+            dropped.update(dict(receipt.rejected))
+        failed += len(dropped)
+        _check_rejected(configs.data, failed, rejected, *dropped.values())
+        progress.add(todo[name].rows)
+    if len(receipts) != len(planned) * len(makers):
+        raise CacheError("Ray ended before every shard was built: run the job again to continue")
+    _print_work(receipts, lacking)
+    return receipts
+
+
+def _task(
+    directory: Path,
+    shard: PlannedShard,
+    groups: list[str],
+    makers: dict[str, str],
+    former: FormerRows,
+) -> ShardTask:
+    reused: dict[str, Reused] = {}
+    for group in groups:
+        contents = read_contents(directory / shard.file.path, group, shard.size)
+        reused[group] = former.find(group, contents)
+    wanted = {group: makers[group] for group in groups}
+    return ShardTask(shard.name, shard.size, shard.file.path, wanted, reused)
+
+
+def _commit(
+    configs: BuildConfigs,
+    makers: Makers,
+    units: Sequence[Unit],
+    planned: Iterable[PlannedShard],
+    receipts: Receipts,
+    rejected: Rejected,
+) -> Manifest:
+    """Write the manifest, unless it says the same already."""
+    directory, shards = configs.directory, []
+    for shard in planned:
+        own = {group: receipts[shard.name, group] for group in makers.recipe.groups}
+        reasons = {row: why for receipt in own.values() for row, why in receipt.rejected}
+        if reasons:
+            table = pq.read_table(directory / shard.file.path, columns=["source"])
+            sources = table["source"].to_pylist()
+            rejected.rows += [(sources[row], reasons[row]) for row in sorted(reasons)]
+        if len(reasons) < shard.rows:
+            files = {group: r.file for group, r in own.items() if r.file is not None}
+            dropped = tuple(sorted(reasons))
+            shards.append(ShardInfo(shard.name, shard.rows, {ROWS: shard.file, **files}, dropped))
+    _check_rejected(configs.data, len(rejected.rows), rejected)
+    if rejected.duplicates:
+        print(f"cache: {rejected.duplicates} samples are listed twice and kept once", flush=True)
+    index = (index_path(directory, configs.data, unit) for unit in units)
+    manifest = Manifest(
+        rows=sum(shard.samples for shard in shards),
+        recipe=makers.recipe,
+        shards=tuple(shards),
+        null_text=makers.null_text,
+        rejected=_write_rejected(directory, rejected),
+        index=tuple(str(path.relative_to(directory)) for path in index),
+        name=directory.name,
+        built=True,
+    )
+    path = directory / MANIFEST_NAME
+    if not path.exists() or path.read_bytes() != manifest.to_json():
+        manifest.save(directory)
+    return manifest
+
+
+def _check_rejected(data: DataConfig, count: int, rejected: Rejected, *reasons: str) -> None:
+    """Refuse to go on when too many pictures are left out."""
+    if count == rejected.seen or count > data.max_rejected * rejected.seen:
+        reason = next(iter(reasons)) if reasons else rejected.rows[0][1]
+        raise InputError(
+            f"{count} of {rejected.seen} pictures in '{data.folder}' cannot be used, such as: "
+            f"{reason} (data.max_rejected = {data.max_rejected:g} is the share that may be left "
+            f"out)"
+        )
+
+
+def _write_rejected(directory: Path, rejected: Rejected) -> FileInfo | None:
+    """The table of what is not in the dataset."""
+    if not rejected.rows:
+        return None
+    sources, reasons = zip(*rejected.rows, strict=True)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"source": sources, "reason": reasons}), sink)
+    data = memoryview(sink.getvalue())
+    file = FileInfo(REJECTED_NAME, len(data), sha256(data))
+    atomic_write(directory / REJECTED_NAME, data)
+    return file
+
+
+def _print_work(receipts: Receipts, lacking: dict[str, list[str]]) -> None:
+    """How many rows of each group were run through models."""
+    rows: dict[str, int] = {}
+    for shard, groups in lacking.items():
+        for group in groups:
+            rows[group] = rows.get(group, 0) + receipts[shard, group].computed
+    print(f"cache: computed {', '.join(f'{n} {g}' for g, n in rows.items())}", flush=True)
+
+
+class _Progress:
+    """A line per piece: done, rate, time left."""
+
+    def __init__(self, verb: str, unit: str, total: int, done: int):
+        self._verb, self._unit = verb, unit
+        self._total, self._done, self._first = total, done, done
+        self._started = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        seconds = time.monotonic() - self._started
+        rate = (self._done - self._first) / max(seconds, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        print(
+            f"cache: {self._verb} {self._done}/{self._total} {self._unit}  "
+            f"{rate:.1f} {self._unit}/s  {left:.0f} s left",
+            flush=True,
+        )
