@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ray_head import descendants, start_head
+from tests.ray_head import running_cluster
 from tests.test_build import CAPTIONS, assert_same, changed
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
@@ -45,8 +45,8 @@ def test_an_actor_that_this_machine_cannot_hold_is_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    with start_head(tmp_path_factory.mktemp("r")) as running:
-        yield running
+    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def configs(tmp_path_factory):
     write_pictures(folder / "pictures", captions)
     torch.set_num_threads(1)  # as in an actor of one CPU
     configs = BuildConfigs(
-        DataConfig(str(folder / "pictures"), 16, 16),
+        DataConfig(str(folder / "pictures"), height=16, width=16),
         zoo_config(make_world(folder / "world")),
         CacheConfig(str(folder / "straight"), rows_per_shard=3, batch_size=2),
         student_config(),
@@ -68,30 +68,30 @@ def configs(tmp_path_factory):
 def start(configs, head):
     return subprocess.Popen(
         [sys.executable, "-c", JOB, json.dumps(to_dict(configs))],
-        env={**os.environ, **head.environment},
+        env=head.environment,
         cwd=Path(__file__).parents[1],
     )
 
 
 @pytest.mark.slow
 def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(configs, head):
-    """Eight SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
+    """Six SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
     mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
     dice = random.Random(1)
     drivers = actors = 0
     receipts = mine.directory / "receipts"
-    while drivers < 4 or actors < 4:
+    while drivers < 3 or actors < 3:
         driver = start(mine, head)
         count = len(list(receipts.glob("*.json")))
         enough = count + dice.randrange(1, 6)
         while driver.poll() is None and len(list(receipts.glob("*.json"))) < enough:
             time.sleep(0.01)
         time.sleep(dice.random() / 4)
-        if actors < 4:
-            for pid in descendants(head.pid, b"ShardActor")[:1]:
+        if actors < 3:
+            for pid in head.processes(b"ShardActor")[:1]:
                 os.kill(pid, signal.SIGKILL)
                 actors += 1
-        if actors % 2 == 0 or actors >= 4:
+        if actors % 2 == 0 or actors >= 3:
             driver.kill()
             drivers += 1
             driver.wait()
@@ -119,7 +119,7 @@ def test_a_broken_picture_is_one_sentence_through_ray(configs, head, tmp_path):
          "--data.height=16", f"--cache.path={tmp_path / 'cache'}", "--zoo.device=cpu",
          "--model.t5_layers=[0,1,2]", *repos],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, **head.environment},
+        env=head.environment,
         capture_output=True,
         text=True,
         check=False,

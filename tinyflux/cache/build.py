@@ -28,6 +28,7 @@ from tinyflux.cache.keys import digest_of
 from tinyflux.cache.manifest import (
     BUILD_MARK,
     MANIFEST_NAME,
+    MODEL_SETTINGS,
     FileInfo,
     Manifest,
     Recipe,
@@ -106,7 +107,8 @@ class LocalRunner:
 
     def index(self, units: Sequence[Unit]) -> Iterator[None]:
         for unit in units:
-            yield write_index(self._configs.directory, self._configs.data, unit)
+            write_index(self._configs.directory, self._configs.data, unit)
+            yield
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
         encoder = self._configs.encoder()
@@ -223,8 +225,7 @@ def _signature(configs: BuildConfigs) -> str | None:
                 state = path.stat()
                 files.append([str(path), state.st_size, state.st_mtime_ns])
     settings = {**to_dict(configs.cache), **to_dict(configs.model)}
-    chosen = ("extract_lune", "extract_sol", "seed", "t5_layers", "max_text_length")
-    chosen += ("text_padding", "latent_shift")
+    chosen = [*("extract_lune", "extract_sol", "seed"), *MODEL_SETTINGS]
     made_with = {name: settings[name] for name in chosen}
     return digest_of([sorted(files), made_with, to_dict(zoo), bool(configs.data.mask_key)])
 

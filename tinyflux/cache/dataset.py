@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.cache.manifest import Manifest, sha256
+from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest, sha256
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
 from tinyflux.errors import CacheError
@@ -127,7 +127,7 @@ class CachedDataset:
             CacheError: names the field that differs and both values.
         """
         recipe = self.manifest.recipe
-        for name in ("t5_layers", "max_text_length", "text_padding", "latent_shift"):
+        for name in MODEL_SETTINGS:
             made, wanted = getattr(recipe, name), getattr(model, name)
             if made is not None and made != wanted:
                 raise CacheError(

@@ -72,6 +72,10 @@ class GroupInfo:
         return digest_of({**data, "models": {k: v["digest"] for k, v in data["models"].items()}})
 
 
+# What a recipe and a model must have the same.
+MODEL_SETTINGS = ("t5_layers", "max_text_length", "text_padding", "latent_shift")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the numbers mean. ``None`` is unknown: tensors that a caller brought.

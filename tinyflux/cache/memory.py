@@ -93,14 +93,10 @@ class EncodingCache:
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} pictures do not fit {len(prompts)} prompts")
         extractor = Extractor(zoo, lune=False, sol=False, batch_size=batch_size)
-        t5, pooled = extractor.text(prompts)
-        columns = {
-            "latents": extractor.latents(images),
-            "t5_embeds": t5,
-            "clip_pooled": pooled,
-        }
-        require_finite(columns)
-        return cls(**columns, recipe=extractor.recipe(), null_text=extractor.null_text())
+        latents, (t5, pooled) = extractor.latents(images), extractor.text(prompts)
+        require_finite({"latents": latents, "t5_embeds": t5, "clip_pooled": pooled})
+        recipe, null_text = extractor.recipe(), extractor.null_text()
+        return cls(latents, t5, pooled, recipe=recipe, null_text=null_text)
 
     def __len__(self) -> int:
         return len(self.latents)

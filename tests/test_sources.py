@@ -1,0 +1,323 @@
+"""Pictures and captions as their sources have them: every format, every mode, every mischief."""
+
+import io
+import json
+import math
+import os
+import struct
+import tarfile
+import uuid
+import zlib
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tinyflux.cache.sources import (
+    DataConfig,
+    choose_size,
+    decode_mask,
+    decode_picture,
+    fit_mask,
+    fit_picture,
+    list_units,
+    open_pictures,
+    read_unit,
+    size_buckets,
+)
+from tinyflux.cache.sources.units import Unit
+from tinyflux.errors import ConfigError, InputError
+
+LIMIT = 10_000_000
+CAPTIONS = {"a": ["red"], "b": ["a  blue\nsquare", "second"], "c": ["grün"]}
+CLEAN = {"a": ("red",), "b": ("a blue square", "second"), "c": ("grün",)}
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PICTURES = {name: encoded(Image.new("RGB", (6, 4), (index * 40, 9, 9)))
+            for index, name in enumerate(CAPTIONS)}  # fmt: skip
+MASK = encoded(Image.new("L", (6, 4), 200))
+
+
+def as_metadata_jsonl():
+    lines = [json.dumps({"file_name": f"{n}.png", "text": CAPTIONS[n]}) for n in PICTURES]
+    files = {f"in/{name}.png": data for name, data in PICTURES.items()}
+    return {**files, "in/metadata.jsonl": "\n".join(lines).encode(), "in/a.mask.png": MASK}
+
+
+def as_text_files():
+    files = {f"{name}.png": data for name, data in PICTURES.items()}
+    texts = {f"{name}.txt": "\n".join(c.replace("\n", " ") for c in CAPTIONS[name]).encode()
+             for name in PICTURES}  # fmt: skip
+    return {**files, **texts, "a.mask.png": MASK, ".hidden.png": b"no", "notes.md": b"no"}
+
+
+def as_tar():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in PICTURES.items():
+            members = {"png": data, "json": json.dumps({"text": CAPTIONS[name]}).encode()}
+            if name == "a":
+                members["mask.png"] = MASK
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"x/{name}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return {"train-0.tar": buffer.getvalue()}
+
+
+def as_parquet():
+    rows = [
+        {"image": {"bytes": data, "path": f"{name}.png"}, "text": CAPTIONS[name],
+         "mask": {"bytes": MASK, "path": None} if name == "a" else None}
+        for name, data in PICTURES.items()
+    ]  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=2)
+    return {"data/train.parquet": buffer.getvalue()}
+
+
+FORMATS = {f.__name__[3:]: f for f in (as_metadata_jsonl, as_text_files, as_tar, as_parquet)}
+
+
+def write(files, root):
+    """``root`` is a directory, or a URL of fsspec's."""
+    for name, content in files.items():
+        with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(content)
+    return str(root)
+
+
+@pytest.mark.parametrize("where", ["local", "fsspec"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_pictures(kind, where, tmp_path):
+    root = tmp_path / "data" if where == "local" else f"memory://{uuid.uuid4().hex}"
+    data = DataConfig(write(FORMATS[kind](), root), mask_key="mask", caption_lines=True)
+    units = list_units(data)
+    raws = [raw for unit in units for raw in read_unit(data, unit)]
+    assert [raw.reason for raw in raws] == ["", "", ""]
+    assert [raw.content for raw in raws] == list(PICTURES.values())
+    assert [raw.captions for raw in raws] == list(CLEAN.values())
+    assert [raw.mask for raw in raws] == [MASK, None, None]
+    locators = [raw.locator for raw in raws]
+    order = [2, 0, 1, 0]
+    found = open_pictures(data, [locators[at] for at in order])
+    assert list(found) == [list(PICTURES.values())[at] for at in order]
+    assert list(open_pictures(data, [raws[0].mask_locator])) == [MASK]
+    assert list_units(data) == units
+
+
+def test_a_single_file_is_a_source(tmp_path):
+    write(as_tar(), tmp_path)
+    (unit,) = list_units(DataConfig(str(tmp_path / "train-0.tar")))
+    data = DataConfig(str(tmp_path / "train-0.tar"))
+    raws = list(read_unit(data, unit))
+    assert [raw.content for raw in raws] == list(PICTURES.values())
+    assert list(open_pictures(data, [raws[1].locator])) == [raws[1].content]
+
+
+def test_metadata_csv(tmp_path):
+    write({"1.png": PICTURES["a"], "metadata.csv": b"file_name,text\n1.png,\"red, round\"\n"},
+          tmp_path)  # fmt: skip
+    data = DataConfig(str(tmp_path))
+    assert next(read_unit(data, list_units(data)[0])).captions == ("red, round",)
+
+
+def test_a_unit_is_another_when_and_only_when_its_files_are(tmp_path):
+    data = DataConfig(write(as_text_files(), tmp_path))
+    (before,) = [unit.digest for unit in list_units(data)]
+    (tmp_path / "notes.md").write_text("other")
+    assert [unit.digest for unit in list_units(data)] == [before]
+    os.utime(tmp_path / "b.txt", ns=(1, 1))
+    (after,) = [unit.digest for unit in list_units(data)]
+    assert after != before
+
+
+def test_a_folder_is_cut_into_units(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyflux.cache.sources.folder.PICTURES_PER_UNIT", 2)
+    data = DataConfig(write(as_text_files(), tmp_path))
+    units = list_units(data)
+    assert [len(list(read_unit(data, unit))) for unit in units] == [2, 2]  # the mask is a picture
+
+
+def reasons(data):
+    return [raw.reason for unit in list_units(data) for raw in read_unit(data, unit)]
+
+
+def test_what_is_wrong_with_single_pictures_is_told(tmp_path):
+    files = as_text_files()
+    del files["a.mask.png"]
+    del files["a.txt"]
+    files["b.txt"] = b" \n"
+    files["c.txt"] = b"\xff\xfe\xff"
+    found = reasons(DataConfig(write(files, tmp_path / "folder")))
+    assert "'a.png' has no caption" in found[0]
+    assert "'b.txt' is empty" in found[1]
+    assert "'c.txt' is not UTF-8" in found[2]
+    cut = {"a.tar": as_tar()["train-0.tar"][:900]}
+    assert "not a whole" in reasons(DataConfig(write(cut, tmp_path / "cut")))[-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": b"red"}, "holds no pictures"),
+        ({"a.parquet": b"PAR1"}, "not a whole Parquet file"),
+        ({**as_tar(), **as_parquet()}, "webdataset and parquet data"),
+        ({"metadata.jsonl": b"{"}, "line 1 is not JSON"),
+        ({"metadata.jsonl": b'{"file_name": "9.png", "text": "x"}'}, "lists '9.png'"),
+        ({"metadata.jsonl": b'{"file_name": "9.png"}'}, "has no file_name and text"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_explained(files, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        list_units(DataConfig(write(files, tmp_path)))
+
+
+def test_columns_and_places_that_are_not_there(tmp_path):
+    folder = write(as_parquet(), tmp_path)
+    with pytest.raises(InputError, match=r"no column 'prompt' \(it has image, text, mask\)"):
+        list_units(DataConfig(folder, caption_key="prompt"))
+    with pytest.raises(InputError, match="does not exist"):
+        list_units(DataConfig(str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="cannot be opened"):
+        list_units(DataConfig("nosuch://bucket/data"))
+    with pytest.raises(ConfigError, match=r"'bukket' is unknown \(did you mean 'bucket'"):
+        DataConfig(resize="bukket")
+
+
+def test_a_picture_that_went_away_is_an_error_of_its_own(tmp_path):
+    data = DataConfig(write(as_text_files(), tmp_path))
+    (tmp_path / "b.png").unlink()
+    gone, there = open_pictures(data, ['["b.png"]', '["a.png"]'])
+    assert isinstance(gone, InputError)
+    assert there == PICTURES["a"]
+
+
+def decode(content, name="x"):
+    return decode_picture(content, name, LIMIT)
+
+
+def test_pictures_of_every_mode_come_out_right():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    grey16 = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([1, 2, 3])
+    assert decode(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encoded(grey16)).getpixel((0, 0)) == (128, 128, 128)
+    assert decode(encoded(grey16, "TIFF")).getpixel((0, 0)) == (128, 128, 128)
+    assert decode(encoded(palette)).getpixel((0, 0)) == (1, 2, 3)
+    assert decode(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encoded(Image.new("CMYK", (8, 8)), "JPEG")).getpixel((4, 4)) == (255, 255, 255)
+    cyan = decode(encoded(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG")).getpixel((4, 4))
+    assert cyan[0] < 60
+    assert min(cyan[1:]) > 200
+    assert decode(encoded(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP"):
+        moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        red, _, blue = decode(moving).getpixel((1, 1))
+        assert red > 200
+        assert blue < 60
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation):
+    upright = Image.new("RGB", (16, 8), "white")
+    upright.paste("red", (0, 0, 4, 4))  # upper left
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes each, of PIL's transposes
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(encoded(stored, "PNG", exif=exif))
+    assert found.size == (16, 8)
+    assert found.getpixel((1, 1)) == (255, 0, 0)
+    assert found.getpixel((14, 6)) == (255, 255, 255)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width, height, *chunks):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+HOSTILE = {
+    "zero bytes": (b"", "not a picture"),
+    "HTML": (b"<!doctype html><html></html>", "not a picture"),
+    "truncated": (encoded(Image.effect_noise((64, 64), 50))[:900], "is broken"),
+    "a header of 60,000 x 60,000": (png(60_000, 60_000), "is too large"),
+    "just over the limit": (png(4000, 2501), "are more than data.max_pixels = 10000000"),
+    "a bomb in a text chunk": (
+        png(4, 4, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80_000_000), 9))),
+        "is broken",
+    ),
+    "a float": (encoded(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pictures_are_one_sentence(name):
+    content, message = HOSTILE[name]
+    with pytest.raises(InputError, match=message) as caught:
+        decode(content, "evil.png")
+    assert "evil.png" in str(caught.value) or name == "a float"
+    assert "\n" not in str(caught.value)
+
+
+def test_more_data_than_a_small_header_announces_is_not_kept():
+    bomb = png(4, 4, chunk(b"IDAT", zlib.compress(bytes(80_000_000), 9)))
+    assert decode(bomb).size == (4, 4)
+
+
+def test_masks_have_the_picture_s_size_and_are_cut_like_it():
+    mask = Image.new("L", (48, 16))
+    mask.paste(255, (16, 0, 32, 16))
+    found = decode_mask(encoded(mask), "a.png", (48, 16), LIMIT)
+    assert fit_mask(found, (16, 16)).getcolors() == [(256, 255)]
+    picture = mask.convert("RGB")
+    assert fit_picture(picture, (16, 16)).getcolors() == [(256, (255, 255, 255))]
+    with pytest.raises(InputError, match="48 x 16 pixels, the picture 16 x 16"):
+        decode_mask(encoded(mask), "a.png", (16, 16), LIMIT)
+
+
+@given(
+    area=st.integers(2, 40),
+    step=st.sampled_from([4, 8, 64]),
+    aspect=st.floats(1, 4),
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+)
+def test_buckets(area, step, aspect, width, height):
+    side = area * step
+    sizes = size_buckets(side, step, aspect)
+    assert (side, side) in sizes
+    for w, h in sizes:
+        assert w % step == h % step == 0
+        assert w * h <= side * side
+        assert max(w, h) <= aspect * min(w, h)
+        assert (h, w) in sizes
+    data = DataConfig(resize="bucket", areas=(side, 2 * side), step=step, max_aspect=aspect)
+    chosen = choose_size(width, height, data)
+    options = size_buckets(2 * side if width * height >= 4 * side * side else side, step, aspect)
+    wanted = math.log(width / height)
+    nearest = min(abs(math.log(w / h) - wanted) for w, h in options)
+    assert chosen in options
+    assert abs(math.log(chosen[0] / chosen[1]) - wanted) == nearest
+
+
+def test_units_are_plain_data():
+    assert Unit("folder", "[]").digest == Unit("folder", "[]").digest
+    assert Unit("folder", "[]").digest != Unit("parquet", "[]").digest
