@@ -21,13 +21,13 @@ from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
-from tinyflux.cache.extract import CacheConfig  # noqa: E402
-from tinyflux.cache.sources import DataConfig  # noqa: E402
-from tinyflux.config import RunConfig, save_run_config  # noqa: E402
-from tinyflux.distributed.train import WorkersConfig  # noqa: E402
-from tinyflux.serving.batch import SampleConfig  # noqa: E402
-from tinyflux.serving.engine import ServeConfig  # noqa: E402
-from tinyflux.trainer.config import TrainerConfig  # noqa: E402
+from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.sources import DataConfig
+from tinyflux.config import RunConfig, save_run_config
+from tinyflux.distributed.train import WorkersConfig
+from tinyflux.serving.batch import SampleConfig
+from tinyflux.serving.engine import ServeConfig
+from tinyflux.trainer.config import TrainerConfig
 
 pytestmark = pytest.mark.slow
 
