@@ -41,7 +41,7 @@ from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.config import from_dict, nearest, to_dict
-from tinyflux.util.files import atomic_write
+from tinyflux.util.files import atomic_write, full_disk_ends_run
 
 ENGINES = ("deepspeed", "torch")
 FINISHED = "training.json"  # in final/, written last
@@ -284,9 +284,10 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     finally:
         steps.close()  # type: ignore[attr-defined]
     if ema is not None:
-        save_model(model, job.final, ema.shadow)
-        record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
-        atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
+        with full_disk_ends_run(job.run_dir):
+            save_model(model, job.final, ema.shadow)
+            record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
+            atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
 
 
 def _engine(job: _Job, model: TinyFluxDeep) -> Engine:
