@@ -11,6 +11,7 @@ died or the number of workers was changed.
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,6 +235,8 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(job.workers.cpus_per_worker)))
     if not job.workers.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # About collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     with _reported(job):
         _train_on(job, ray.train.torch.get_device(), rank, world_size)
 
