@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "error: TinyFlux needs Python 3.10, 3.11 or 3.12; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 constraints: ## resolve the tested set of packages again (needs uv)

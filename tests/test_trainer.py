@@ -1,5 +1,8 @@
 import json
+import re
+import resource
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -188,6 +191,52 @@ def test_a_failed_write_leaves_earlier_checkpoints(tmp_path, monkeypatch):
         trainer.save_checkpoint(str(target))
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     make_trainer(tmp_path).load_checkpoint(str(target))
+
+
+@contextmanager
+def file_size_limit(size):
+    """Writes past ``size`` bytes of a file fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# Weights and EMA take 590 KB each, the optimizer's state 1.2 MB.
+@pytest.mark.parametrize("size", [100_000, 592_000, 593_400, 700_000])
+def test_after_a_full_disk_a_run_continues_from_the_checkpoint_before(tmp_path, size):
+    checkpoints = tmp_path / "checkpoints"
+
+    def begin(directory, total_steps):
+        settings = {"save_every_steps": 2, "lr_scheduler": "constant"}
+        trainer = make_trainer(directory, total_steps=total_steps, **settings)
+        if directory == tmp_path and (latest := latest_checkpoint(checkpoints)):
+            trainer.load_checkpoint(str(latest))
+        return trainer
+
+    straight = begin(tmp_path / "straight", 4)
+    straight.train(2)
+    begin(tmp_path, 2).train(1)
+    trainer = begin(tmp_path, 4)
+    with file_size_limit(size), pytest.raises(CheckpointError) as caught:
+        trainer.train(1)
+    message = r"cannot write checkpoint .*step_00000004: .*; earlier checkpoints are intact"
+    assert re.fullmatch(message, str(caught.value))
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+
+    resumed = begin(tmp_path, 4)
+    resumed.train(1)
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+# TensorBoard's own thread dies of it too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_logs_on_a_full_disk_end_the_run_with_one_sentence(tmp_path):
+    trainer = make_trainer(tmp_path, log_every=1, total_steps=50)
+    with file_size_limit(500), pytest.raises(TrainingError, match=r"cannot write to .*; make room"):
+        trainer.train(50)
 
 
 def test_non_finite_gradients_are_skipped_and_then_end_the_run(tmp_path):

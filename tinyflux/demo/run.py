@@ -7,6 +7,7 @@ command continues from what it finds.
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.util.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
+# Stages tell their progress themselves; no library's bars or requests between their lines.
+QUIET = {"TQDM_DISABLE": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}
 CONFIG = Path("configs/demo.yaml")
 SERVE_PROMPT = "red apple"
 
@@ -150,7 +153,8 @@ def run_demo(fresh: bool) -> Path:
 
 
 def _call(stage: Stage) -> None:
-    code = subprocess.run([sys.executable, *stage.command], cwd=ROOT, check=False).returncode
+    command = [sys.executable, *stage.command]
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **QUIET}, check=False).returncode
     if code:
         raise StageFailed(
             f"the stage '{stage.name}' ended with exit code {code}, see above; "
@@ -161,7 +165,9 @@ def _call(stage: Stage) -> None:
 def _serve_and_ask(stage: Stage, run: RunConfig) -> None:
     """Start the server, wait until it is healthy, keep the picture it answers with, stop it."""
     address = f"http://{run.serve.host}:{run.serve.port}"
-    server = subprocess.Popen([sys.executable, *stage.command], cwd=ROOT)
+    server = subprocess.Popen(
+        [sys.executable, *stage.command], cwd=ROOT, env={**os.environ, **QUIET}
+    )
     try:
         deadline = time.monotonic() + 180
         while True:

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO under the training loop."""
 
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ class DeepSpeedEngine:
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
         # Wraps the process group that is there; DeepSpeed's calls need it.
-        deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
+        with redirect_stdout(io.StringIO()):  # it prints what it compiled
+            deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
         with _broadcast_scalars(model):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=_Autocast(model, self.device, config.dtype),

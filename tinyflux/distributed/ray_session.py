@@ -22,6 +22,8 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Ray Train would print every line of a worker a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # It says that progress bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": logging.WARNING}
     if address is None:
@@ -30,6 +32,7 @@ def ensure_ray() -> None:
         environment = {
             "PYTHONPATH": os.pathsep.join(paths),
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
             "TQDM_DISABLE": "1",  # one bar per loaded model and worker
         }
         options.update(
@@ -37,4 +40,6 @@ def ensure_ray() -> None:
             dashboard_host="127.0.0.1",
             runtime_env={"env_vars": environment},
         )
+        # It says that a token guards this Ray, which is as it should be.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(address=address, **options)

@@ -11,6 +11,7 @@ died or the number of workers was changed.
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.config import from_dict, nearest, to_dict
-from tinyflux.util.files import atomic_write
+from tinyflux.util.files import atomic_write, full_disk_ends_run
 
 ENGINES = ("deepspeed", "torch")
 FINISHED = "training.json"  # in final/, written last
@@ -234,6 +235,8 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(job.workers.cpus_per_worker)))
     if not job.workers.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # About collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     with _reported(job):
         _train_on(job, ray.train.torch.get_device(), rank, world_size)
 
@@ -284,9 +287,10 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     finally:
         steps.close()  # type: ignore[attr-defined]
     if ema is not None:
-        save_model(model, job.final, ema.shadow)
-        record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
-        atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
+        with full_disk_ends_run(job.run_dir):
+            save_model(model, job.final, ema.shadow)
+            record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
+            atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
 
 
 def _engine(job: _Job, model: TinyFluxDeep) -> Engine:

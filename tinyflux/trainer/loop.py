@@ -6,6 +6,7 @@ batches come from.
 
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tinyflux.trainer.step import TrainBatch, training_loss
 from tinyflux.trainer.upload import Uploader
 from tinyflux.trainer.validation import HeldOut, validate
 from tinyflux.util.config import to_dict
+from tinyflux.util.files import full_disk_ends_run
 
 
 @dataclass
@@ -97,35 +99,45 @@ class TrainLoop:
         """Train on ``data`` until it ends or ``config.total_steps`` are done.
 
         Raises:
-            TrainingError: gradients stayed non-finite.
+            TrainingError: gradients stayed non-finite, or the disk is full.
         """
         if self.state.step >= self.config.total_steps:
             return
-        if self.paths is not None:
-            self._log = MetricLog(self.paths.metrics, self.paths.tensorboard, self.state.step)
-            if self.config.hf_repo_id is not None:
-                self._uploader = Uploader(self.config.hf_repo_id)
+        with ExitStack() as stack:
+            if self.paths is not None:
+                stack.enter_context(full_disk_ends_run(str(self.paths.metrics.parent)))
+                stack.callback(self._close)
+                self._open(self.paths)
+            self._train(data)
+
+    def _open(self, paths: RunPaths) -> None:
+        self._log = MetricLog(paths.metrics, paths.tensorboard, self.state.step)
+        if self.config.hf_repo_id is not None:
+            self._uploader = Uploader(self.config.hf_repo_id)
+
+    def _close(self) -> None:
+        log, uploader = self._log, self._uploader
+        self._log = self._uploader = None
+        if uploader is not None:
+            uploader.close()
+        if log is not None:
+            log.close()
+
+    def _train(self, data: Iterable[StepData]) -> None:
         self.engine.model.train()
-        try:
-            if self.state.step == 0 and self.config.validate_every is not None:
-                self._validate()
+        if self.state.step == 0 and self.config.validate_every is not None:
+            self._validate()
+        started = time.perf_counter()
+        for item in data:
+            ready = time.perf_counter()
+            norm = self._step(item)
+            done = time.perf_counter()
+            self._wait += ready - started
+            self._busy += done - started
+            self._after_step(item, norm)
+            if self.state.step >= self.config.total_steps:
+                break
             started = time.perf_counter()
-            for item in data:
-                ready = time.perf_counter()
-                norm = self._step(item)
-                done = time.perf_counter()
-                self._wait += ready - started
-                self._busy += done - started
-                self._after_step(item, norm)
-                if self.state.step >= self.config.total_steps:
-                    break
-                started = time.perf_counter()
-        finally:
-            if self._log is not None:
-                self._log.close()
-            if self._uploader is not None:
-                self._uploader.close()
-            self._log = self._uploader = None
 
     def _step(self, item: StepData) -> Tensor:
         """One optimizer step; the gradient's norm."""

@@ -1,8 +1,16 @@
 """Files that are whole or absent."""
 
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tinyflux.errors import TrainingError
+
+# No space, no quota, a file-size limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -22,3 +30,21 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | memoryview) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def full_disk_ends_run(run: str) -> Iterator[None]:
+    """Tell of a full disk in one sentence, as a :class:`TrainingError`.
+
+    Args:
+        run: names the run's directory.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise TrainingError(
+            f"cannot write to {run}: {error.strerror}; make room and run again, which continues "
+            "from the latest checkpoint"
+        ) from error
