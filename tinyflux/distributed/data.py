@@ -111,7 +111,8 @@ def rows_by_size(dataset: Rows, rows: Sequence[int]) -> list[list[int]]:
     wanted = np.asarray(rows, dtype=np.int64)
     for grid, run in dataset.grids():
         first, last = np.searchsorted(wanted, [run.start, run.stop])
-        found.setdefault(grid, []).extend(wanted[first:last].tolist())
+        if first < last:
+            found.setdefault(grid, []).extend(wanted[first:last].tolist())
     return [found[grid] for grid in sorted(found)]
 
 
