@@ -136,9 +136,9 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
     data, directory = configs.data, configs.directory
     if not configs.cache.path:
         raise ConfigError("cache.path is not set: name the directory of the dataset")
+    units = list_units(data)
     try:
         with claim(directory):
-            units = list_units(data)
             makers = _index_and_prepare(configs, runner, units)
             rejected = Rejected()
             tables = (read_index(directory, data, unit) for unit in units)

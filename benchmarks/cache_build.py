@@ -1,0 +1,137 @@
+"""The cache job on Ray against a bare loop over the same models on the same cores.
+
+``python benchmarks/cache_build.py [--pictures N] [--actors N]``
+
+Each contender encodes the same OpenMoji drawings of 32 px with the shipped toy world. The bare loop
+is ``--actors`` processes of one thread, each with its share of the pictures: decode, encode, run both
+teachers, keep the tensors; it writes nothing. The job is ``build_cache`` with as many actors of one
+CPU, and it indexes, hashes, writes and checks as always. Steady rates leave out the start of
+processes and the loading of models, which takes seconds whatever the size of the job; whole times
+are printed beside them. Prints JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tinyflux.cache.build import BuildConfigs, build
+from tinyflux.cache.extract import CacheConfig, Sample, extractor_for
+from tinyflux.cache.keys import digest_of, sample_key
+from tinyflux.cache.sources import DataConfig, decode_picture
+from tinyflux.distributed.build import RayRunner
+from tinyflux.model.config import preset
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.toy.openmoji import write_picture_folder
+from tinyflux.toy.world import SHIPPED
+
+GROUPS = ("latents", "text", "lune", "sol")
+
+
+def bare_loop(configs: BuildConfigs, paths: list[str], times: "multiprocessing.Queue") -> None:
+    """One process of the bare loop; tells when it began with its pictures and when it was done."""
+    torch.set_num_threads(1)
+    extractor = extractor_for(configs.zoo.build(configs.model), configs.cache)
+    extractor.recipe()  # loads the models
+    size, kept = configs.cache.batch_size, []
+    begun = time.time()
+    for start in range(0, len(paths), size):
+        samples = []
+        for path in paths[start : start + size]:
+            content = Path(path).read_bytes()
+            caption = Path(path).with_suffix(".txt").read_text()
+            image = decode_picture(content, path, configs.data.max_pixels)
+            key = sample_key(digest_of(content), image.size, caption)
+            samples.append(Sample(key, caption, image))
+        kept.append(extractor.columns(GROUPS, samples))
+    times.put((begun, time.time()))
+
+
+def time_bare(configs: BuildConfigs, processes: int) -> tuple[float, float]:
+    """Steady and whole seconds."""
+    paths = sorted(map(str, Path(configs.data.folder).glob("*.png")))
+    context = multiprocessing.get_context("spawn")
+    times, started = context.Queue(), time.time()
+    share = -(-len(paths) // processes)
+    workers = [
+        context.Process(target=bare_loop, args=(configs, paths[at : at + share], times))
+        for at in range(0, len(paths), share)
+    ]
+    for worker in workers:
+        worker.start()
+    spans = [times.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return max(end for _, end in spans) - min(begin for begin, _ in spans), time.time() - started
+
+
+class TimedRunner(RayRunner):
+    """Takes the time from the first shard's end to the last's."""
+
+    def encode(self, tasks):  # type: ignore[no-untyped-def]
+        self.marks = []
+        for name in super().encode(tasks):
+            self.marks.append((time.time(), name))
+            yield name
+
+
+def time_job(configs: BuildConfigs) -> tuple[float, float]:
+    """Steady and whole seconds, the steady ones for all pictures at the rate after the first."""
+    started, runner = time.time(), TimedRunner(configs)
+    manifest = build(configs, runner)
+    rows = {shard.name: shard.rows for shard in manifest.shards}
+    # The first shard of every actor ends with its models loaded; count what came after those.
+    skipped = runner.marks[: configs.cache.num_actors]
+    after = sum(rows[name] for _, name in runner.marks) - sum(rows[name] for _, name in skipped)
+    steady = (runner.marks[-1][0] - skipped[-1][0]) * manifest.rows / after
+    return steady, time.time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=1900)
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    arguments = parser.parse_args()
+    world = str(SHIPPED)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = Path(folder, "pictures")
+        for count, _ in enumerate(write_picture_folder(pictures, 32, lambda _: True), start=1):
+            if count == arguments.pictures:
+                break
+        rates: dict[str, list[float]] = {"bare": [], "ray": [], "bare_whole": [], "ray_whole": []}
+        for repeat in range(arguments.repeats):
+            configs = BuildConfigs(
+                DataConfig(str(pictures), height=32, width=32),
+                ZooConfig(world, f"{world}/t5", f"{world}/clip", world, world, "cpu"),
+                CacheConfig(f"{folder}/cache{repeat}", num_actors=arguments.actors,
+                            batch_size=16, rows_per_shard=64),
+                preset("toy"),
+            )  # fmt: skip
+            for name, (steady, whole) in (
+                ("bare", time_bare(configs, arguments.actors)),
+                ("ray", time_job(configs)),
+            ):
+                rates[name].append(count / steady)
+                rates[f"{name}_whole"].append(count / whole)
+    best = {name: round(sorted(values)[len(values) // 2], 2) for name, values in rates.items()}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    result = {
+        "machine": machine,
+        "pictures": count,
+        "actors": arguments.actors,
+        "samples_per_second": best,
+        "ratio_steady": round(best["ray"] / best["bare"], 3),
+        "ratio_whole": round(best["ray_whole"] / best["bare_whole"], 3),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
