@@ -17,7 +17,8 @@ class DataConfig:
         folder: a path or a URL that pyarrow or fsspec opens. It holds pictures (subfolders count)
             with a ``.txt`` caption of the same name beside each or a ``metadata.jsonl`` or
             ``metadata.csv`` as Hugging Face's ImageFolder has it; or WebDataset ``.tar`` files; or
-            Parquet files with the pictures' bytes, as the Hub stores them. One such file will do.
+            Parquet files with the pictures' bytes, as the Hub stores them. One such file will do,
+            and so will a pattern such as ``shards/train-*.tar``.
         format: ``"folder"``, ``"webdataset"`` or ``"parquet"``; ``"auto"`` looks what is there.
         image_key: column of the pictures in Parquet files.
         caption_key: where captions are in metadata files, in a tar's ``.json`` members and in

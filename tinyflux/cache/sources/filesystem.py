@@ -1,15 +1,71 @@
 """Opening paths and URLs."""
 
+import fnmatch
+import glob
 import os
+import re
+from dataclasses import dataclass
 
 import fsspec
-from pyarrow import ArrowInvalid, fs
+from pyarrow import ArrowInvalid, NativeFile, fs
 
 from tinyflux.errors import ConfigError, InputError
 
+_WILDCARD = re.compile(r"[*?[]")
 
-def open_location(location: str) -> tuple[fs.FileSystem, str]:
-    """File system, and the path in it, of a local path or a URL that pyarrow or fsspec opens.
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, or some files of one.
+
+    Attributes:
+        root: of the folder, in ``system``.
+        pattern: which files, below ``root``; empty: all that are not hidden.
+    """
+
+    system: fs.FileSystem
+    root: str
+    pattern: str = ""
+
+    def files(self) -> dict[str, fs.FileInfo]:
+        """Every file by its path below ``root``, sorted.
+
+        Raises:
+            InputError: the folder cannot be listed.
+        """
+        try:
+            infos = self.system.get_file_info(fs.FileSelector(self.root, recursive=True))
+            below = {info.path[len(self.root) :].lstrip("/"): info for info in infos}
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"'{self.root}' holds a file whose name is not UTF-8 text ({error.object!r:.200}): "
+                f"rename it"
+            ) from error
+        except OSError as error:
+            raise InputError(f"'{self.root}' cannot be listed: {error!s:.200}") from error
+        return {
+            path: info
+            for path, info in sorted(below.items())
+            if info.is_file and self._includes(path)
+        }
+
+    def _includes(self, path: str) -> bool:
+        if not self.pattern:
+            return not (path.startswith(".") or "/." in path)
+        names, patterns = path.split("/"), self.pattern.split("/")
+        return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+
+    def path(self, relative: str) -> str:
+        """In ``system``."""
+        return f"{self.root.rstrip('/')}/{relative}"
+
+    def open(self, relative: str) -> NativeFile:
+        """A file for reading at any position."""
+        return self.system.open_input_file(self.path(relative))
+
+
+def open_place(location: str) -> Place:
+    """A local path, or a URL that pyarrow or fsspec opens: a folder, a file, or ``folder/*.tar``.
 
     Raises:
         ConfigError: none was given.
@@ -17,14 +73,21 @@ def open_location(location: str) -> tuple[fs.FileSystem, str]:
     """
     if not location:
         raise ConfigError("data.folder is not set: name a folder of pictures with captions")
+    folder, pattern = location, ""
+    wildcard = _WILDCARD.search(location)
+    if wildcard and not os.path.exists(location):  # a name may hold brackets
+        cut = location.rfind("/", 0, wildcard.start()) + 1
+        folder, pattern = location[:cut] or ".", location[cut:]
     try:
-        system, path = _resolve(location)
+        system, path = _resolve(folder)
         kind = system.get_file_info(path).type
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"data.folder '{location}' cannot be opened: {error!s:.200}") from error
     if kind == fs.FileType.NotFound:
         raise InputError(f"data.folder '{location}' does not exist: check the path")
-    return system, path
+    if kind == fs.FileType.File:
+        return Place(system, os.path.dirname(path), glob.escape(os.path.basename(path)))
+    return Place(system, path, pattern)
 
 
 def _resolve(location: str) -> tuple[fs.FileSystem, str]:
@@ -37,22 +100,13 @@ def _resolve(location: str) -> tuple[fs.FileSystem, str]:
         return fs.PyFileSystem(fs.FSSpecHandler(system)), path
 
 
-def list_files(location: str) -> dict[str, fs.FileInfo]:
-    """Every file that is not hidden, by its path below ``location``, sorted.
+def unreadable(path: str, error: Exception) -> InputError:
+    """What to raise when the storage, not the file, is at fault.
 
-    A single file is listed under its own name.
+    It must end the unit: as the ``reason`` of a picture it would be remembered for good, and a
+    network's bad minute would cost pictures.
     """
-    system, root = open_location(location)
-    if system.get_file_info(root).is_file:
-        return {os.path.basename(root): system.get_file_info(root)}
-    found = {}
-    for info in system.get_file_info(fs.FileSelector(root, recursive=True)):
-        relative = info.path[len(root) :].lstrip("/")
-        if info.is_file and not any(part.startswith(".") for part in relative.split("/")):
-            found[relative] = info
-    return dict(sorted(found.items()))
-
-
-def path_below(system: fs.FileSystem, root: str, relative: str) -> str:
-    """The inverse of :func:`list_files`' naming."""
-    return root if system.get_file_info(root).is_file else f"{root.rstrip('/')}/{relative}"
+    return InputError(
+        f"'{path}' cannot be read now ({error!s:.200}): see that its storage can be reached and "
+        f"that you may read it, then run the same command again"
+    )

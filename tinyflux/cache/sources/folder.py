@@ -9,9 +9,10 @@ from typing import Any
 
 from pyarrow import fs
 
+from tinyflux.cache.keys import digest_of
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import open_location, path_below
-from tinyflux.cache.sources.raw import MAX_FILE_BYTES, RawPicture, clean_captions
+from tinyflux.cache.sources.filesystem import Place, open_place, unreadable
+from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason, text_captions
 from tinyflux.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -22,127 +23,151 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[dict[str, Any]]]:
     """Neighbouring pictures, each with the files that belong to it and their sizes and times."""
     described = _read_metadata(data, files)
+    masks = {about["mask"] for about in described.values() if "mask" in about}
+    beside = f".{data.mask_key}.png" if data.mask_key else ""
 
     def stamp(path: str) -> list[Any]:
-        return [path, files[path].size, files[path].mtime_ns or 0]
+        info = files[path]
+        return [path, info.size, info.mtime_ns or 0]
 
-    part = []
+    part: list[dict[str, Any]] = []
     for path in files:
-        stem = str(PurePosixPath(path).with_suffix(""))
-        masks = PurePosixPath(stem).suffix == f".{data.mask_key}" if data.mask_key else False
-        if masks or not path.lower().endswith(SUFFIXES):
+        if not path.lower().endswith(SUFFIXES) or path in masks:
             continue
+        if beside and path.endswith(beside):
+            continue
+        stem = path.rpartition(".")[0]
         entry: dict[str, Any] = {"picture": stamp(path)}
         about = described.get(path, {})
         if "text" in about:
             entry["captions"] = about["text"]
         elif f"{stem}.txt" in files:
             entry["caption_file"] = stamp(f"{stem}.txt")
-        mask = about.get("mask") or f"{stem}.{data.mask_key}.png"
-        if data.mask_key and mask in files:
+        mask = about.get("mask", f"{stem}{beside}")
+        if beside and mask in files:
             entry["mask"] = stamp(mask)
         part.append(entry)
-        if len(part) == PICTURES_PER_UNIT:
+        if _ends_unit(path, len(part)):
             yield part
             part = []
     if part:
         yield part
 
 
+def _ends_unit(path: str, pictures: int) -> bool:
+    """Cut where a name says so, not after so many: a new picture changes few units but its own."""
+    if pictures < PICTURES_PER_UNIT // 4:
+        return False
+    if pictures >= PICTURES_PER_UNIT:
+        return True
+    return int(digest_of(path.encode())[:8], 16) % (PICTURES_PER_UNIT // 2) == 0
+
+
 def read(data: DataConfig, part: list[dict[str, Any]]) -> Iterator[RawPicture]:
     """See :func:`tinyflux.cache.sources.units.read_unit`."""
-    system, root = open_location(data.folder)
-
-    def load(path: str) -> bytes:
-        with system.open_input_stream(path_below(system, root, path)) as stream:
-            return stream.read(MAX_FILE_BYTES)
-
+    place = open_place(data.folder)
     for entry in part:
-        path = entry["picture"][0]
         try:
-            captions, reason = _captions(data, entry, load)
-            mask = load(entry["mask"][0]) if "mask" in entry else None
-            yield RawPicture(
-                source=path,
-                locator=json.dumps([path]),
-                content=load(path),
-                captions=captions,
-                mask_locator=json.dumps([entry["mask"][0]]) if mask is not None else "",
-                mask=mask,
-                reason=reason,
-            )
+            yield _read_entry(data, place, entry)
+        except FileNotFoundError as error:
+            path = entry["picture"][0]
+            yield RawPicture(path, reason=f"'{path}' went away while it was read: {error!s:.200}")
         except OSError as error:
-            yield RawPicture(path, reason=f"picture '{path}' cannot be read: {error!s:.200}")
+            raise unreadable(entry["picture"][0], error) from error
 
 
-def _captions(data: DataConfig, entry: dict[str, Any], load: Any) -> tuple[tuple[str, ...], str]:
+def _read_entry(data: DataConfig, place: Place, entry: dict[str, Any]) -> RawPicture:
+    path, size, _ = entry["picture"]
+    mask_path, mask_size, _ = entry.get("mask", ("", 0, 0))
+    reason = size_reason(path, size) or size_reason(mask_path, mask_size)
+    if reason:
+        return RawPicture(path, reason=reason)
+    captions, reason = _captions(data, place, entry)
+    return RawPicture(
+        source=path,
+        locator=json.dumps([path]),
+        content=load(place, path),
+        captions=captions,
+        mask_locator=json.dumps([mask_path]) if mask_path else "",
+        mask=load(place, mask_path) if mask_path else None,
+        reason=reason,
+    )
+
+
+def load(place: Place, path: str) -> bytes:
+    """The whole of a file."""
+    with place.open(path) as file:
+        return file.read()
+
+
+def _captions(data: DataConfig, place: Place, entry: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     path = entry["picture"][0]
-    where = path
     if "captions" in entry:
-        texts = entry["captions"]
-    elif "caption_file" in entry:
-        where = entry["caption_file"][0]
-        try:
-            text = load(where).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            return (), f"the caption '{where}' is not UTF-8 text: {error}"
-        texts = text.splitlines() if data.caption_lines else text
-    else:
+        return clean_captions(entry["captions"], f"of '{path}'")
+    if "caption_file" not in entry:
         return (), f"picture '{path}' has no caption: put a .txt file of the same name beside it"
-    captions = clean_captions(texts)
-    if not captions:
-        return (), f"the caption '{where}' is empty: write one, or take the picture out"
-    return captions, ""
+    beside, size, _ = entry["caption_file"]
+    if reason := size_reason(beside, size):
+        return (), reason
+    return text_captions(load(place, beside), f"'{beside}'", data.caption_lines)
 
 
 def _read_metadata(data: DataConfig, files: dict[str, fs.FileInfo]) -> dict[str, dict[str, Any]]:
     """``text`` and ``mask`` by picture, of every metadata file."""
-    system, root = open_location(data.folder)
     found: dict[str, dict[str, Any]] = {}
     for path in files:
-        place = PurePosixPath(path)
-        if place.name not in _METADATA:
+        if not path.endswith(_METADATA) or PurePosixPath(path).name not in _METADATA:
             continue
-        with system.open_input_stream(path_below(system, root, path)) as stream:
-            text = _decode(path, stream.read())
-        entries = _json_lines(path, text) if place.suffix == ".jsonl" else _csv_lines(text)
-        for number, entry in entries:
-            where = f"'{path}' line {number}"
+        folder = PurePosixPath(path).parent
+        for line, entry in _entries(data, path):
+            where = f"'{path}' line {line}"
             name = entry.get("file_name")
             if not isinstance(name, str) or data.caption_key not in entry:
                 raise InputError(
                     f"{where} has no file_name and {data.caption_key}: name the caption's column "
                     f"with data.caption_key"
                 )
-            picture = str(place.parent / name)
-            if picture not in files:
-                raise InputError(f"{where} lists '{name}', which does not exist")
             about = {"text": entry[data.caption_key]}
+            named = {"picture": name}
             if data.mask_key and entry.get(data.mask_key):
-                about["mask"] = str(place.parent / str(entry[data.mask_key]))
-            found[picture] = about
+                named["mask"] = str(entry[data.mask_key])
+                about["mask"] = str(folder / named["mask"])
+            for named_file in named.values():
+                if str(folder / named_file) not in files:
+                    raise InputError(f"{where} lists '{named_file}', which does not exist")
+            found[str(folder / name)] = about
     return found
 
 
-def _decode(path: str, content: bytes) -> str:
+def _entries(data: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and contents of a metadata file."""
     try:
-        return content.decode("utf-8-sig")
+        text = load(open_place(data.folder), path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}' is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return _json_lines(path, text) if path.endswith(".jsonl") else _csv_lines(path, text)
 
 
 def _json_lines(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines, which also splits at characters that JSON allows within strings.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"'{path}' line {number} is not JSON: {error}") from error
         if not isinstance(entry, dict):
             raise InputError(f"'{path}' line {number} is not a JSON object")
         yield number, entry
 
 
-def _csv_lines(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    return enumerate(csv.DictReader(io.StringIO(text)), start=2)
+def _csv_lines(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise InputError(f"'{path}' line {rows.line_num} is not CSV: {error}") from error

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import open_location, path_below
-from tinyflux.cache.sources.raw import RawPicture, clean_captions
+from tinyflux.cache.sources.filesystem import Place, open_place, unreadable
+from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason
 from tinyflux.errors import InputError
 
 
@@ -18,48 +18,78 @@ def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[Any]
     """One row group each.
 
     Raises:
-        InputError: a file that is not Parquet or lacks a column.
+        InputError: a file that is not Parquet, lacks a column or has one of the wrong type.
     """
-    system, root = open_location(data.folder)
-    wanted = [data.image_key, data.caption_key, *filter(None, [data.mask_key])]
+    place = open_place(data.folder)
     for path, info in files.items():
         if not path.lower().endswith(".parquet"):
             continue
         try:
-            with pq.ParquetFile(path_below(system, root, path), filesystem=system) as file:
-                names, groups = file.schema_arrow.names, file.metadata.num_row_groups
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"'{path}' is not a whole Parquet file: {error!s:.200}") from error
-        for name in wanted:
-            if name not in names:
-                raise InputError(
-                    f"'{path}' has no column '{name}' (it has {', '.join(names)}): set "
-                    f"data.image_key, data.caption_key or data.mask_key"
-                )
+            with _open(place, path) as file:
+                _check_columns(data, path, file.schema_arrow)
+                groups = file.metadata.num_row_groups
+        except OSError as error:
+            raise unreadable(path, error) from error
         for group in range(groups):
             yield [path, info.size, info.mtime_ns or 0, group]
 
 
-def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
-    """See :func:`tinyflux.cache.sources.units.read_unit`."""
-    path, _, _, group = part
-    reader = CellReader(data)
+def _open(place: Place, path: str) -> pq.ParquetFile:
     try:
-        texts = reader.column(path, group, data.caption_key).to_pylist()
-    except (OSError, InputError, pa.ArrowException) as error:
-        yield RawPicture(path, reason=f"'{path}' cannot be read: {error!s:.200}")
-        return
-    for row, text in enumerate(texts):
+        return pq.ParquetFile(place.path(path), filesystem=place.system)
+    except pa.ArrowException as error:
+        raise InputError(f"'{path}' is not a whole Parquet file: {error!s:.200}") from error
+
+
+def _check_columns(data: DataConfig, path: str, schema: pa.Schema) -> None:
+    for name in filter(None, [data.image_key, data.caption_key, data.mask_key]):
+        if name not in schema.names:
+            raise InputError(
+                f"'{path}' has no column '{name}' (it has {', '.join(schema.names)}): set "
+                f"data.image_key, data.caption_key or data.mask_key"
+            )
+        kind = schema.field(name).type
+        if name != data.caption_key and not _holds_bytes(kind):
+            raise InputError(
+                f"column '{name}' of '{path}' is of type {kind!s:.80}, not the bytes of pictures: "
+                f"set data.image_key or data.mask_key"
+            )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _holds_bytes(kind.field(at).type)
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )
+
+
+def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
+    """See :func:`tinyflux.cache.sources.units.read_unit`.
+
+    Raises:
+        InputError: the row group is damaged.
+    """
+    path, _, _, group = part
+    try:
+        yield from _read_group(data, path, group)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _read_group(data: DataConfig, path: str, group: int) -> Iterator[RawPicture]:
+    reader = CellReader(data)
+    texts = reader.column(path, group, data.caption_key)
+    for row in range(len(texts)):
         source = f"{path}#{group}.{row}"
-        captions = clean_captions(text)
-        try:
-            content = reader.read(path, group, row, data.image_key)
-            mask = None
-            if data.mask_key and reader.column(path, group, data.mask_key)[row].is_valid:
-                mask = reader.read(path, group, row, data.mask_key)
-        except (OSError, InputError, pa.ArrowException) as error:
-            yield RawPicture(source, reason=f"picture '{source}' cannot be read: {error!s:.200}")
+        captions, reason = clean_captions(texts[row].as_py(), f"of '{source}'")
+        content = reader.cell(path, group, row, data.image_key)
+        mask = reader.cell(path, group, row, data.mask_key) if data.mask_key else None
+        if content is None:
+            yield RawPicture(source, reason=f"the picture '{source}' is not in the file: no bytes")
             continue
+        reason = reason or size_reason(source, max(len(content), len(mask or b"")))
         yield RawPicture(
             source=source,
             locator=json.dumps([path, group, row, data.image_key]),
@@ -67,7 +97,7 @@ def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
             captions=captions,
             mask_locator="" if mask is None else json.dumps([path, group, row, data.mask_key]),
             mask=mask,
-            reason="" if captions else f"the caption of '{source}' is empty",
+            reason=reason,
         )
 
 
@@ -75,28 +105,34 @@ class CellReader:
     """Pictures of Parquet files; keeps the columns of the row group that was read last."""
 
     def __init__(self, data: DataConfig):
-        self._data = data
-        self._place: tuple[str, int] = ("", -1)
+        self._place = open_place(data.folder)
+        self._group: tuple[str, int] = ("", -1)
         self._columns: dict[str, pa.ChunkedArray] = {}
 
     def column(self, path: str, group: int, name: str) -> pa.ChunkedArray:
-        """A column of a row group."""
-        if self._place != (path, group):
-            self._place, self._columns = (path, group), {}
-        if name not in self._columns:
-            system, root = open_location(self._data.folder)
-            with pq.ParquetFile(path_below(system, root, path), filesystem=system) as file:
-                self._columns[name] = file.read_row_group(group, columns=[name])[name]
-        return self._columns[name]
-
-    def read(self, path: str, group: int, row: int, name: str) -> bytes:
-        """A picture file: ``binary``, or ``{bytes, path}`` as the Hub has it.
+        """A column of a row group.
 
         Raises:
-            InputError: it is not in the file.
+            InputError: it is damaged.
+            OSError: the storage fails.
         """
-        value = self.column(path, group, name)[row].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            raise InputError(f"column '{name}' does not hold the picture's bytes")
-        return content
+        if self._group != (path, group):
+            self._group, self._columns = (path, group), {}
+        if name not in self._columns:
+            with _open(self._place, path) as file:
+                try:
+                    self._columns[name] = file.read_row_group(group, columns=[name])[name]
+                except pa.ArrowException as error:
+                    raise InputError(
+                        f"column '{name}' of row group {group} of '{path}' is damaged "
+                        f"({error!s:.200}): copy the file here again"
+                    ) from error
+        return self._columns[name]
+
+    def cell(self, path: str, group: int, row: int, name: str) -> bytes | None:
+        """A picture file: ``binary``, or ``{bytes, path}`` as the Hub has it."""
+        value = self.column(path, group, name)[row]
+        if isinstance(value, pa.StructScalar) and value.is_valid:
+            value = value["bytes"]
+        found: bytes | None = value.as_py()
+        return found

@@ -4,7 +4,8 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from tinyflux.cache.keys import Size
 from tinyflux.errors import InputError
@@ -18,11 +19,13 @@ def decode_picture(content: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises:
         InputError: ``name`` is no picture, is broken, or has more than ``max_pixels``.
     """
-    return _decode(content, name, max_pixels)
+    return _decode(content, name, max_pixels, "white")
 
 
 def decode_mask(content: bytes, name: str, size: Size, max_pixels: int) -> Image.Image:
-    """A picture's foreground as greys (mode L); white is foreground.
+    """A picture's foreground as greys (mode L); white is foreground, what is transparent is not.
+
+    A mask of zeros and ones is read as one of black and white.
 
     Args:
         size: of the upright picture, which the mask must have.
@@ -30,28 +33,35 @@ def decode_mask(content: bytes, name: str, size: Size, max_pixels: int) -> Image
     Raises:
         InputError: as for :func:`decode_picture`, or another size.
     """
-    mask = _decode(content, f"{name} (mask)", max_pixels).convert("L")
+    mask = _decode(content, f"{name} (mask)", max_pixels, "black").convert("L")
     if mask.size != size:
         raise InputError(
             f"the mask of '{name}' is {mask.width} x {mask.height} pixels, the picture "
             f"{size[0]} x {size[1]}: draw it again at that size"
         )
+    if mask.getextrema()[1] == 1:
+        return mask.point(lambda value: value * 255)
     return mask
 
 
-def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
+def _decode(content: bytes, name: str, max_pixels: int, behind: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # PIL only warns between its limit and twice that; the limit here is max_pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
+                width, height = _decoded_size(image)
+                if width * height > max_pixels:
                     raise InputError(
-                        f"picture '{name}' is too large: {image.width} x {image.height} pixels "
-                        f"are more than data.max_pixels = {max_pixels}"
+                        f"picture '{name}' is too large: {width} x {height} pixels are more than "
+                        f"data.max_pixels = {max_pixels}"
                     )
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                upright = ImageOps.exif_transpose(image)
+                if image.mode == "CMYK" and image.format != "TIFF" and "adobe" not in image.info:
+                    # PIL takes every CMYK JPEG for one of Adobe's, which hold negatives.
+                    upright = ImageChops.invert(upright)
+                return _to_rgb(upright, name, behind)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -67,18 +77,31 @@ def _decode(content: bytes, name: str, max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that PIL will make room for."""
+    if isinstance(image, TiffImageFile):
+        # A tile is decoded whole, and may be larger than the picture.
+        tile = (image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0))
+        return max(image.width, tile[0]), max(image.height, tile[1])
+    return image.size
+
+
+def _to_rgb(image: Image.Image, name: str, behind: str) -> Image.Image:
+    """Any mode as 8-bit RGB, transparency on the colour ``behind``."""
     if image.mode.startswith("I"):  # 16 bits per pixel; PIL would clip, not scale
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise InputError("greys of more than 16 bits")
+            raise InputError(f"picture '{name}' has greys of more than 16 bits: save it with 16")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise InputError("floating-point greys have no known white")
+        raise InputError(
+            f"picture '{name}' has floating-point greys, whose white is not known: save it with 16 "
+            f"bits"
+        )
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        ground = Image.new("RGBA", image.size, behind)
+        return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -12,9 +12,10 @@ def size_buckets(area: int, step: int, max_aspect: float) -> tuple[Size, ...]:
     """Widths and heights of about the same number of pixels, sorted.
 
     Sides are multiples of ``step``, of at most ``area`` squared pixels together, and each is as
-    long as that allows beside the other.
+    long as that allows beside the other. The largest square is always one of them.
     """
-    found = set()
+    square = area // step * step
+    found = {(square, square)}
     for side in range(step, int(area * math.sqrt(max_aspect)) + step, step):
         other = area * area // side // step * step
         for size in ((side, other), (other, side)):

@@ -10,8 +10,8 @@ from pyarrow import fs
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.sources import folder, parquet, webdataset
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import list_files, open_location, path_below
-from tinyflux.cache.sources.raw import MAX_FILE_BYTES, RawPicture
+from tinyflux.cache.sources.filesystem import open_place, unreadable
+from tinyflux.cache.sources.raw import RawPicture
 from tinyflux.errors import InputError
 
 
@@ -52,7 +52,7 @@ def list_units(data: DataConfig) -> list[Unit]:
     Raises:
         InputError: nothing there, several formats at once, or a metadata file that is wrong.
     """
-    files = list_files(data.folder)
+    files = open_place(data.folder).files()
     kind = data.format
     if kind == "auto":
         found = [
@@ -73,26 +73,40 @@ def list_units(data: DataConfig) -> list[Unit]:
 
 
 def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawPicture]:
-    """Every picture of a unit, in order. What is wrong with one is told by its ``reason``."""
+    """Every picture of a unit, in order. What is wrong with one is told by its ``reason``.
+
+    Raises:
+        InputError: the storage fails, or a tar or row group is damaged as a whole.
+    """
     return _FORMATS[unit.kind].read(data, json.loads(unit.part))
 
 
 def open_pictures(data: DataConfig, locators: Sequence[str]) -> Iterator[bytes | Exception]:
-    """The files that ``RawPicture`` names, in order; for each that cannot be read, why.
+    """The files that ``RawPicture`` names, in order; for each that is not there, why.
 
-    Neighbours are read at once where the format asks for it.
+    A tar stays open and a row group in memory for as long as neighbours come from it.
+
+    Raises:
+        InputError: the storage fails.
     """
-    system, root = open_location(data.folder)
-    reader = parquet.CellReader(data)
-    for locator in locators:
-        try:
-            place = json.loads(locator)
-            if len(place) == 4:  # file, row group, row, column
-                yield reader.read(*place)
-                continue
-            with system.open_input_file(path_below(system, root, place[0])) as file:
-                if len(place) == 3:  # tar, offset, size
-                    file.seek(place[1])
-                yield file.read(place[2] if len(place) == 3 else MAX_FILE_BYTES)
-        except (OSError, InputError, ValueError, KeyError, IndexError) as error:
-            yield InputError(f"a picture cannot be read again ({locator}): {error!s:.200}")
+    place = open_place(data.folder)
+    cells = parquet.CellReader(data)
+    with webdataset.MemberReader(place) as members:
+        for locator in locators:
+            found = json.loads(locator)
+            try:
+                if len(found) == 4:  # file, row group, row, column
+                    content = cells.cell(*found)
+                elif len(found) == 3:  # tar, offset, size
+                    content = members.member(*found)
+                else:
+                    content = folder.load(place, *found)
+                yield InputError(f"{_again(locator)}: it is empty") if content is None else content
+            except (FileNotFoundError, InputError, KeyError, IndexError) as error:
+                yield InputError(f"{_again(locator)}: {error!s:.200}")
+            except OSError as error:
+                raise unreadable(found[0], error) from error
+
+
+def _again(locator: str) -> str:
+    return f"the picture at {locator} cannot be read again"
