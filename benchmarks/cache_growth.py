@@ -1,10 +1,10 @@
 """How the cost of keeping a cache grows with its rows: ``python benchmarks/cache_growth.py``.
 
-Builds datasets of 1,000, 10,000 and 100,000 rows whose pictures are one pixel and whose features are
-single numbers, so that what is left is the bookkeeping: the index, the plan, files, receipts and the
-manifest. Then runs the build again, with nothing to do, opens the dataset and verifies it. Each size
-in a process of its own. Prints JSON: seconds, peak memory, and the ratio of the seconds per row to
-those of the smallest dataset; a ratio above 1 would mean growth faster than the rows.
+Builds datasets of 1,000, 10,000 and 100,000 rows whose pictures are one pixel and whose features
+are single numbers, so that what is left is the bookkeeping: the index, the plan, files, receipts
+and the manifest. Then runs the build again, with nothing to do, opens the dataset and verifies it.
+Each size in a process of its own. Prints JSON: seconds, peak memory, and the ratio of the seconds
+per row to those of the smallest dataset; a ratio above 1 would mean growth faster than the rows.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import write_group, write_null_text
 from tinyflux.cache.sources import DataConfig
-from tinyflux.cache.verify import verify
 from tinyflux.model.config import preset
 from tinyflux.model.zoo import ZooConfig
 
@@ -107,7 +106,7 @@ def measure(folder: str, rows: int) -> dict[str, float]:
     timed("build", lambda: build(configs, SyntheticRunner(configs)))
     timed("build_again", lambda: build(configs, SyntheticRunner(configs)))
     timed("open_and_read_keys", lambda: CachedDataset(configs.cache.path).keys())
-    timed("verify", lambda: verify(configs.directory))
+    timed("verify", lambda: CachedDataset(configs.cache.path).verify())
     found["manifest_bytes"] = (configs.directory / "manifest.json").stat().st_size
     found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return found

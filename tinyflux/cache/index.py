@@ -77,7 +77,7 @@ def _entry(data: DataConfig, raw: RawPicture) -> dict[str, object]:
         # In full: what is broken must be known before hours are spent on the rest.
         image = decode_picture(raw.content, raw.source, data.max_pixels)
         if raw.mask is not None:
-            decode_mask(raw.mask, f"{raw.source} (mask)", image.size, data.max_pixels)
+            decode_mask(raw.mask, raw.source, image.size, data.max_pixels)
             entry["mask_picture"] = digest_of(raw.mask)
     except InputError as error:
         return {**entry, "reason": str(error)}
