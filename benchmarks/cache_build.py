@@ -17,6 +17,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 
 from tinyflux.cache.build import BuildConfigs, build
+from tinyflux.cache.encode import ShardTask
 from tinyflux.cache.extract import CacheConfig, Sample, extractor_for
 from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.sources import DataConfig, decode_picture
@@ -68,8 +70,8 @@ def time_bare(configs: BuildConfigs, processes: int) -> tuple[float, float]:
 class TimedRunner(RayRunner):
     """Takes the time from the first shard's end to the last's."""
 
-    def encode(self, tasks):  # type: ignore[no-untyped-def]
-        self.marks = []
+    def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
+        self.marks: list[tuple[float, str]] = []
         for name in super().encode(tasks):
             self.marks.append((time.time(), name))
             yield name

@@ -34,6 +34,7 @@ from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import write_group, write_null_text
 from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.verify import verify
 from tinyflux.model.config import preset
 from tinyflux.model.zoo import ZooConfig
 
@@ -106,7 +107,7 @@ def measure(folder: str, rows: int) -> dict[str, float]:
     timed("build", lambda: build(configs, SyntheticRunner(configs)))
     timed("build_again", lambda: build(configs, SyntheticRunner(configs)))
     timed("open_and_read_keys", lambda: CachedDataset(configs.cache.path).keys())
-    timed("verify", lambda: CachedDataset(configs.cache.path).verify())
+    timed("verify", lambda: verify(configs.directory))
     found["manifest_bytes"] = (configs.directory / "manifest.json").stat().st_size
     found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return found

@@ -8,4 +8,4 @@ import sys
 from tinyflux.cli import run_job
 
 if __name__ == "__main__":
-    sys.exit(run_job("cache"))
+    sys.exit(run_job("cache", ["build", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ray_head import running_cluster
+from tests.ray_head import running_cluster, wait_for
 from tests.test_build import CAPTIONS, assert_same, changed
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
@@ -105,6 +105,31 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
     assert start(mine, head).wait(timeout=240) == 0
     assert_same(mine.directory, configs.directory)
     assert CachedDataset(mine.directory).keys() == CachedDataset(configs.directory).keys()
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, head, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    for name, value in head.environment.items():
+        if name.startswith("RAY_") and name != "RAY_ADDRESS":
+            monkeypatch.setenv(name, value)
+    mine = changed(configs, cache={"path": f"{configs.cache.path}-lost", "num_actors": 2})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        driver = subprocess.Popen(
+            [sys.executable, "-c", JOB, json.dumps(to_dict(mine))],
+            env={**head.environment, "RAY_ADDRESS": cluster.address},
+            cwd=Path(__file__).parents[1],
+        )
+        wait_for(lambda: len(list(mine.directory.glob("receipts/*.json"))) >= 2, 120)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        assert driver.wait(timeout=240) == 0
+    finally:
+        cluster.shutdown()
+    assert_same(mine.directory, configs.directory)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor, Sample
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.shards import ShardReader, write_null_text, write_shard
+from tinyflux.cache.verify import verify
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.trainer.cache_experts import EncodingCache
 
@@ -75,7 +76,7 @@ def test_rows_come_back_bit_equal_in_any_order_and_layout(tmp_path, columns, row
     }  # fmt: skip
     for name, rows in found.items():
         torch.testing.assert_close(rows, values[name][order].float(), rtol=0, atol=0)
-    opened.verify()
+    assert verify(tmp_path / "cache") == []
 
 
 @given(
@@ -186,8 +187,8 @@ def test_a_truncated_file_is_refused_and_a_flipped_byte_is_found(dataset):
     with pytest.raises(CacheError, match=r"00000\.lune\.parquet"):
         CachedDataset(dataset)
     path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    with pytest.raises(CacheError, match="checksum"):
-        CachedDataset(dataset).verify()
+    (problem,) = verify(dataset)
+    assert str(problem) == "shards/00000.lune.parquet: its checksum differs"
 
 
 @pytest.mark.parametrize(

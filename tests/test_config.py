@@ -66,7 +66,7 @@ def test_an_unknown_key_in_the_file_is_named(tmp_path):
 
 
 def test_a_mistake_ends_a_job_with_status_2_and_no_traceback(capsys, tmp_path):
-    assert run_job("cache", ["--data.folder", str(tmp_path), "--cache.path", "x"]) == 2
+    assert run_job("cache", ["build", "--data.folder", str(tmp_path), "--cache.path", "x"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "holds no pictures" in error

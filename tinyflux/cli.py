@@ -13,11 +13,9 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
 def _cache(arguments: Sequence[str]) -> None:
-    from tinyflux.config import parse_run_config
-    from tinyflux.distributed.build import build_cache
+    from tinyflux.cache_cli import cache
 
-    run = parse_run_config(arguments, "build_cache")
-    build_cache(run.data, run.zoo, run.cache, run.model)
+    cache(arguments)
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -89,7 +87,7 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "cache": ("build a dataset from captioned pictures", _cache),
+    "cache": ("build a dataset from captioned pictures, and look after it", _cache),
     "train": ("train a student from a dataset", _train),
     "sample": ("draw pictures for prompts", _sample),
     "serve": ("answer prompts over HTTP", _serve),

@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tinyflux.cache.encode import ShardEncoder, ShardTask
+from tinyflux.cache.estimate import ESTIMATE_NAME, Cost, Estimate, compare, measure
 from tinyflux.cache.extract import CacheConfig, extractor_for
 from tinyflux.cache.index import INDEX_FOLDER, index_path, read_index, write_index
 from tinyflux.cache.keys import digest_of
@@ -48,6 +50,7 @@ from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write
 
 MAKERS_NAME, REJECTED_NAME = "makers.json", "rejected.parquet"
+MEASURED_BATCHES = 4
 
 Receipts = dict[tuple[str, str], Receipt]  # by shard and group
 
@@ -81,7 +84,7 @@ class Makers:
 
 
 class Runner(Protocol):
-    """Does a build's work; the three methods' functions are below."""
+    """Does a build's work; the functions are below."""
 
     def prepare(self) -> Callable[[], Makers]:
         """Start :func:`prepare`; the answer waits for it."""
@@ -93,6 +96,10 @@ class Runner(Protocol):
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterable[str]:
         """Encode every task; its name when it is done."""
+        ...
+
+    def measure(self, task: ShardTask) -> Cost:
+        """:func:`measure_task`, where an actor would run."""
         ...
 
 
@@ -116,6 +123,9 @@ class LocalRunner:
             encoder(task)
             yield task.name
 
+    def measure(self, task: ShardTask) -> Cost:
+        return measure_task(self._configs, task)
+
 
 def prepare(configs: BuildConfigs) -> Makers:
     """Load the models, name them by their weights, and encode the empty caption."""
@@ -126,6 +136,39 @@ def prepare(configs: BuildConfigs) -> Makers:
     return Makers(recipe, write_null_text(configs.directory, *extractor.null_text(), path))
 
 
+def measure_task(configs: BuildConfigs, task: ShardTask) -> Cost:
+    """What encoding the first few batches of a shard costs."""
+    torch.set_num_threads(max(1, int(configs.cache.cpus_per_actor)))
+    extractor = extractor_for(configs.zoo.build(configs.model), configs.cache)
+    table = pq.read_table(configs.directory / task.rows_file)
+    rows = table.slice(0, MEASURED_BATCHES * configs.cache.batch_size).to_pydict()
+    groups, most = list(task.makers), configs.cache.rows_per_shard
+    return measure(extractor, configs.data, rows, task.size, groups, most)
+
+
+def estimate(configs: BuildConfigs, runner: Runner) -> Estimate:
+    """Predict what a build from scratch would take, from a few batches.
+
+    The pictures are indexed for it, which the build will not do again; the prediction is kept
+    beside the dataset, and compared with what comes true.
+    """
+    directory = configs.directory
+    with _prepared(configs, runner) as (_, makers, planned, rejected):
+        largest = max(planned, key=lambda shard: shard.rows)
+        groups = {group: info.maker for group, info in makers.recipe.groups.items()}
+        cost = runner.measure(ShardTask(largest.name, largest.size, largest.file.path, groups, {}))
+        sizes: dict[str, int] = {}
+        for shard in planned:
+            name = f"{shard.size[0]} x {shard.size[1]}"
+            sizes[name] = sizes.get(name, 0) + shard.rows
+        actors = min(configs.cache.num_actors, len(planned))
+        found = Estimate(sum(sizes.values()), len(planned), actors, sizes, largest.size, cost)
+        atomic_write(directory / ESTIMATE_NAME, json.dumps(to_dict(found), indent=1).encode())
+    if rejected.rows:
+        print(f"cache: {len(rejected.rows)} of {rejected.seen} pictures cannot be used", flush=True)
+    return found
+
+
 def build(configs: BuildConfigs, runner: Runner) -> Manifest:
     """Build the dataset at ``cache.path``, or what is missing of it or has changed.
 
@@ -133,6 +176,20 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
         InputError: more pictures than ``data.max_rejected`` cannot be used.
         CacheError: ``cache.path`` is not a build job's, or cannot be written.
     """
+    with _prepared(configs, runner) as (units, makers, planned, rejected):
+        _check_rejected(configs.data, len(rejected.rows), rejected)
+        receipts = _encode(configs, runner, makers.recipe, planned, rejected)
+        manifest = _commit(configs, makers, units, planned, receipts, rejected)
+    shards = len(manifest.shards)
+    print(f"cache: {manifest.rows} rows in {shards} shards at {configs.directory}", flush=True)
+    return manifest
+
+
+@contextmanager
+def _prepared(
+    configs: BuildConfigs, runner: Runner
+) -> Iterator[tuple[list[Unit], Makers, list[PlannedShard], Rejected]]:
+    """Index the pictures, look at the models and cut shards, with the directory locked."""
     data, directory = configs.data, configs.directory
     if not configs.cache.path:
         raise ConfigError("cache.path is not set: name the directory of the dataset")
@@ -144,17 +201,14 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
             tables = (read_index(directory, data, unit) for unit in units)
             size = configs.cache.rows_per_shard
             planned = list(plan_shards(directory, data, tables, size, rejected))
-            _check_rejected(data, len(rejected.rows), rejected)
-            receipts = _encode(configs, runner, makers.recipe, planned, rejected)
-            manifest = _commit(configs, makers, units, planned, receipts, rejected)
+            if not planned:
+                _check_rejected(data, len(rejected.rows), rejected)
+            yield units, makers, planned, rejected
     except OSError as error:
         raise CacheError(
             f"the cache at '{directory}' cannot be written ({error}): mend that, and run the same "
             f"command again to continue"
         ) from error
-    shards = len(manifest.shards)
-    print(f"cache: {manifest.rows} rows in {shards} shards at {directory}", flush=True)
-    return manifest
 
 
 def claim(directory: Path) -> IO[bytes]:
@@ -289,7 +343,19 @@ def _encode(
     if len(receipts) != len(planned) * len(makers):
         raise CacheError("Ray ended before every shard was built: run the job again to continue")
     _print_work(receipts, lacking)
+    if (expected := _read_estimate(directory)) is not None and len(todo) == len(planned):
+        sizes: dict[str, int] = {}
+        for (_, group), receipt in receipts.items():
+            sizes[group] = sizes.get(group, 0) + (receipt.file.bytes if receipt.file else 0)
+        print(compare(expected, sizes, receipts.values()), flush=True)
     return receipts
+
+
+def _read_estimate(directory: Path) -> Estimate | None:
+    try:
+        return from_dict(Estimate, json.loads((directory / ESTIMATE_NAME).read_bytes()), "estimate")
+    except (OSError, ValueError, TypeError, ConfigError):
+        return None
 
 
 def _task(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest, sha256
+from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
 from tinyflux.errors import CacheError
@@ -28,7 +28,7 @@ class CachedDataset:
             if not is_whole(self.path, file):
                 raise CacheError(
                     f"the cache '{self.path}' is damaged: '{file.path}' is missing or not "
-                    f"{file.bytes} bytes long; delete the cache and build it again"
+                    f"{file.bytes} bytes long; `tinyflux cache repair` makes it again"
                 )
         self._reader = ShardReader(self.path)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
@@ -159,19 +159,6 @@ class CachedDataset:
                 raise CacheError(
                     f"the cache '{self.path}' holds {column} of width {layout.shape[axis]}, "
                     f"model.{field} is {getattr(model, field)}"
-                )
-
-    def verify(self) -> None:
-        """Compare every file with its checksum.
-
-        Raises:
-            CacheError: names the first file that differs.
-        """
-        for file in self.manifest.files:
-            if sha256((self.path / file.path).read_bytes()) != file.sha256:
-                raise CacheError(
-                    f"the cache '{self.path}' is damaged: the checksum of '{file.path}' differs; "
-                    f"delete the cache and build it again"
                 )
 
 

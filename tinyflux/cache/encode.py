@@ -80,7 +80,7 @@ class ShardEncoder:
             together.setdefault(missing, []).append(group)
         for missing, groups in together.items():
             started = time.monotonic()
-            work = _Work(self._extractor, self._data, rows, task.size, groups)
+            work = ShardWork(self._extractor, self._data, rows, task.size, groups)
             for batch in batches(missing, self._extractor.batch_size):
                 work.add(batch)
             seconds = (time.monotonic() - started) / len(groups)
@@ -93,7 +93,7 @@ class ShardEncoder:
         group: str,
         contents: Sequence[str],
         keys: list[str],
-        work: "_Work",
+        work: "ShardWork",
         seconds: float,
     ) -> None:
         """Join what was computed with what was reused, write the file, then its receipt."""
@@ -142,7 +142,7 @@ class ShardEncoder:
         return found
 
 
-class _Work:
+class ShardWork:
     """Rows of a shard on their way through the models.
 
     Attributes:

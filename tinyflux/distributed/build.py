@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tinyflux.errors as errors
-from tinyflux.cache.build import BuildConfigs, Makers, build, prepare
+from tinyflux.cache.build import BuildConfigs, Makers, build, estimate, measure_task, prepare
 from tinyflux.cache.encode import ShardEncoder, ShardTask
+from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.index import write_index
 from tinyflux.cache.manifest import Manifest
@@ -22,6 +23,14 @@ from tinyflux.errors import CacheError, ConfigError, TinyFluxError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.zoo import ZooConfig
 from tinyflux.util.config import from_dict, to_dict
+
+
+def plan_cache(
+    data: DataConfig, zoo: ZooConfig, cache: CacheConfig, model: TinyFluxConfig
+) -> Estimate:
+    """Measure a few batches on Ray; see :func:`tinyflux.cache.build.estimate`."""
+    configs = BuildConfigs(data, zoo, cache, model)
+    return estimate(configs, RayRunner(configs))
 
 
 def build_cache(
@@ -39,12 +48,21 @@ class RayRunner:
         self._configs, self._packed = configs, to_dict(configs)
 
     def prepare(self) -> Callable[[], Makers]:
+        made = self._start(_prepare, self._packed)
+        return lambda: from_dict(Makers, made(), "the models' description")
+
+    def measure(self, task: ShardTask) -> Cost:
+        made = self._start(_measure, self._packed, json.dumps(to_dict(task)))
+        return from_dict(Cost, made(), "the cost")
+
+    def _start(self, work: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Run ``work`` where an actor would; the answer waits for it."""
         ray, cache = _start_ray(self._configs.cache), self._configs.cache
-        task = ray.remote(_prepare).options(
+        task = ray.remote(work).options(
             num_cpus=cache.cpus_per_actor, num_gpus=cache.gpus_per_actor
         )
-        pending = task.remote(self._packed)
-        return lambda: from_dict(Makers, _made(ray.get(pending)), "the models' description")
+        pending = task.remote(*arguments)
+        return lambda: _made(ray.get(pending))
 
     def index(self, units: Sequence[Unit]) -> Iterator[None]:
         rows = [{"unit": json.dumps(to_dict(unit))} for unit in units]
@@ -73,7 +91,16 @@ class RayRunner:
 
 def _prepare(packed: dict[str, Any]) -> dict[str, Any]:
     configs = _unpack(packed)
-    return {name: column[0] for name, column in _answer(lambda: prepare(configs)).items()}
+    return _single(_answer(lambda: prepare(configs)))
+
+
+def _measure(packed: dict[str, Any], task: str) -> dict[str, Any]:
+    configs, work = _unpack(packed), from_dict(ShardTask, json.loads(task), "a task")
+    return _single(_answer(lambda: measure_task(configs, work)))
+
+
+def _single(answer: dict[str, list[str]]) -> dict[str, str]:
+    return {name: column[0] for name, column in answer.items()}
 
 
 def _index(batch: dict[str, Any], packed: dict[str, Any]) -> dict[str, list[str]]:

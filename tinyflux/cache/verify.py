@@ -1,0 +1,140 @@
+"""Whether a dataset is what its manifest says, byte by byte; and what to remove where it is not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tinyflux.cache.build import MAKERS_NAME
+from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo
+from tinyflux.cache.receipts import RECEIPT_FOLDER
+from tinyflux.cache.schema import DTYPE_FIELD, KEY, SHAPE_FIELD
+from tinyflux.cache.shards import ShardReader, checksum, finite_rows, is_whole
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file of a dataset; ``file`` is relative to it."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+def verify(directory: Path, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+    """Everything that is wrong: files, checksums, row counts, keys, shapes, numbers.
+
+    One file is in memory at a time.
+
+    Args:
+        progress: called with the number of shards that are done and of all.
+
+    Raises:
+        CacheError: there is no manifest that can be read.
+    """
+    manifest = Manifest.load(directory)
+    found: list[Problem] = []
+    seen: set[str] = set()
+    for number, shard in enumerate(manifest.shards, start=1):
+        keys: list[str] | None = None
+        for group, file in shard.files.items():
+            problem = _file_problem(directory, file)
+            if problem is None:
+                try:
+                    keys, problem = _shard_problem(directory, shard, group, file, keys)
+                except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                    problem = f"cannot be read as Parquet ({error!s:.100})"
+            if problem is not None:
+                found.append(Problem(file.path, problem))
+        dropped = set(shard.dropped)
+        twice = [key for row, key in enumerate(keys or []) if row not in dropped and key in seen]
+        if twice and manifest.built:
+            found.append(Problem(f"shard {shard.name}", f"key {twice[0]} is in the dataset twice"))
+        seen.update(keys or [])
+        if progress is not None:
+            progress(number, len(manifest.shards))
+    for other in filter(None, (manifest.null_text, manifest.rejected)):
+        if problem := _file_problem(directory, other):
+            found.append(Problem(other.path, problem))
+    return found
+
+
+def _file_problem(directory: Path, file: FileInfo) -> str | None:
+    if not (directory / file.path).is_file():
+        return "is missing"
+    if not is_whole(directory, file):
+        return f"has {(directory / file.path).stat().st_size} bytes, not {file.bytes}"
+    if checksum(directory / file.path) != file.sha256:
+        return "its checksum differs"
+    return None
+
+
+def _shard_problem(
+    directory: Path, shard: ShardInfo, group: str, file: FileInfo, keys: list[str] | None
+) -> tuple[list[str] | None, str | None]:
+    """The keys of the shard, and what is wrong with this file of it."""
+    table = pq.read_table(directory / file.path)
+    own = table[KEY].to_pylist()
+    keys = own if keys is None else keys
+    if table.num_rows != shard.rows:
+        return keys, f"has {table.num_rows} rows, the manifest says {shard.rows}"
+    if own != keys:
+        return keys, "its rows are others than, or in another order than, in the shard's first file"
+    reader, kept = ShardReader(directory), np.delete(np.arange(shard.rows), shard.dropped)
+    for name, layout in file.columns.items():
+        field = table.schema.field(name)
+        if layout.shape:
+            shape, dtype = (field.metadata or {}).get(SHAPE_FIELD), field.metadata.get(DTYPE_FIELD)
+            if shape != str(list(layout.shape)).encode() or dtype != layout.dtype.encode():
+                return keys, f"column '{name}' has another shape or dtype than the manifest says"
+            rows = reader.tensor(shard, group, name, np.arange(shard.rows))
+            raw = table[name].to_pylist()
+            whole = rows.flatten(1).view(torch.uint8).numpy()
+            if any(row[: len(b)].tobytes() != b for row, b in zip(whole, raw, strict=True)):
+                return keys, f"column '{name}' is not where the manifest says"
+            if not finite_rows(rows[torch.from_numpy(kept)]).all():
+                return keys, f"column '{name}' holds numbers that are not finite"
+    return keys, None
+
+
+def drop(directory: Path, problems: list[Problem]) -> list[str]:
+    """Remove damaged files and their receipts, so that a build makes them again.
+
+    Returns:
+        What was removed, relative to ``directory``.
+    """
+    removed = []
+    for problem in problems:
+        victims = [problem.file]
+        if problem.file.endswith(".parquet"):
+            victims.append(f"{RECEIPT_FOLDER}/{Path(problem.file).stem}.json")
+        if problem.file.endswith(".safetensors"):
+            victims.append(MAKERS_NAME)  # names the file as there
+        for victim in victims:
+            if (directory / victim).is_file():
+                (directory / victim).unlink()
+                removed.append(victim)
+    return removed
+
+
+def unlisted(directory: Path) -> Iterator[Path]:
+    """Files that are no part of the dataset: of earlier models, pictures and shards.
+
+    Raises:
+        CacheError: there is no manifest that can be read.
+    """
+    manifest = Manifest.load(directory)
+    listed = {file.path for file in manifest.files} | set(manifest.index)
+    receipts = {f"{RECEIPT_FOLDER}/{Path(path).stem}.json" for path in listed}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        folder = name.split("/", 1)[0]
+        ours = folder in ("shards", "receipts", "index") or name.startswith("null_text.")
+        if path.is_file() and ours and name not in listed | receipts:
+            yield path

@@ -1,0 +1,147 @@
+"""``tinyflux cache``: build a dataset, and look after it."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tinyflux.errors import CacheError
+
+
+def build(arguments: Sequence[str]) -> None:
+    """Build a dataset, or what is missing of it or has changed."""
+    from tinyflux.config import parse_run_config
+    from tinyflux.distributed.build import build_cache
+
+    run = parse_run_config(arguments, "tinyflux cache build")
+    build_cache(run.data, run.zoo, run.cache, run.model)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Measure a few batches and predict bytes, hours and memory of the build."""
+    from tinyflux.config import parse_run_config
+    from tinyflux.distributed.build import plan_cache
+
+    run = parse_run_config(arguments, "tinyflux cache plan")
+    print(plan_cache(run.data, run.zoo, run.cache, run.model))
+
+
+def repair(arguments: Sequence[str]) -> None:
+    """Verify, remove what is damaged, and build it again."""
+    from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
+    from tinyflux.cache.verify import drop, verify
+    from tinyflux.config import parse_run_config
+
+    run = parse_run_config(arguments, "tinyflux cache repair")
+    directory = Path(run.cache.path)
+    try:
+        Manifest.load(directory)
+    except CacheError as error:
+        if not (directory / MANIFEST_NAME).exists():
+            raise
+        print(f"removed: {MANIFEST_NAME} ({error})")
+        (directory / MANIFEST_NAME).unlink()
+    else:
+        problems = verify(directory)
+        for problem in problems:
+            print(f"damaged: {problem}")
+        for name in drop(directory, problems):
+            print(f"removed: {name}")
+    build(arguments)
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """Check every file: checksum, rows, keys, shapes, finite numbers."""
+    from tinyflux.cache.verify import verify
+
+    directory = _parser("verify").parse_args(arguments).path
+
+    def progress(done: int, total: int) -> None:
+        if done == total or done % max(1, total // 20) == 0:
+            print(f"verify: {done}/{total} shards", flush=True)
+
+    problems = verify(directory, progress)
+    for problem in problems:
+        print(f"damaged: {problem}")
+    if problems:
+        raise CacheError(
+            f"{len(problems)} files of the cache '{directory}' are damaged: `tinyflux cache repair "
+            f"--config FILE` makes them again"
+        )
+    print(f"the cache '{directory}' is whole")
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Print what is inside; with --html, also as a page with pictures."""
+    from tinyflux.cache.inspect import describe, write_page
+    from tinyflux.cache.manifest import Manifest
+
+    parser = _parser("inspect")
+    parser.add_argument("--html", type=Path, help="write a page with decoded pictures")
+    parser.add_argument("--samples", type=int, default=48, help="pictures on the page")
+    parser.add_argument("--device", default="auto", help="that decodes them")
+    options = parser.parse_args(arguments)
+    print(describe(Manifest.load(options.path)))
+    if options.html:
+        write_page(options.path, options.html, options.samples, options.device)
+        print(f"\npage: {options.html}")
+
+
+def gc(arguments: Sequence[str]) -> None:
+    """Remove files that the manifest does not list."""
+    from tinyflux.cache.build import claim
+    from tinyflux.cache.manifest import Manifest
+    from tinyflux.cache.verify import unlisted
+
+    parser = _parser("gc")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_args(arguments)
+    if not Manifest.load(options.path).built:
+        raise CacheError(f"'{options.path}' was saved from memory: there is nothing to remove")
+    with claim(options.path):
+        files = list(unlisted(options.path))
+        size = sum(path.stat().st_size for path in files)
+        for path in files:
+            print(path.relative_to(options.path))
+            if not options.dry_run:
+                path.unlink()
+    verb = "would free" if options.dry_run else "freed"
+    print(f"gc: {len(files)} files, {verb} {size / 2**20:.2f} MiB")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write ordinary Parquet files for other programs."""
+    from tinyflux.cache.export import export
+
+    parser = _parser("export")
+    parser.add_argument("output", type=Path, help="a directory that does not exist yet")
+    options = parser.parse_args(arguments)
+    print(f"exported {export(options.path, options.output)} rows to {options.output}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "build": build,
+    "plan": plan,
+    "inspect": inspect,
+    "verify": verify,
+    "repair": repair,
+    "gc": gc,
+    "export": export,
+}
+
+
+def cache(arguments: Sequence[str]) -> None:
+    """Dispatch ``tinyflux cache COMMAND``."""
+    parser = argparse.ArgumentParser(prog="tinyflux cache")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.__doc__, add_help=False)
+    options, rest = parser.parse_known_args(arguments[:1])
+    COMMANDS[options.command]([*rest, *arguments[1:]])
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"tinyflux cache {name}", description=COMMANDS[name].__doc__
+    )
+    parser.add_argument("path", type=Path, help="directory of the dataset")
+    return parser
