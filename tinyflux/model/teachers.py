@@ -9,7 +9,6 @@ Shape legend: B batch, C latent channels, h x w latent grid, N tokens of an atte
 """
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from tinyflux.model.watched_attention import watched_attention
+
 SPATIAL_SIZE = 8
-# Bytes that one chunk of attention rows may take, of all heads and samples.
-_CHUNK_BYTES = 2**25
 
 
 class SolFeatures(NamedTuple):
@@ -89,30 +88,21 @@ def sol_features(
     Args:
         latents, sigma, text: as for :func:`lune_features`.
         spatial_size: side s of the map.
-        query_chunk: rows per chunk; by default as many as fit a few tens of megabytes.
+        query_chunk: rows at a time, by default as many as suit the device.
     """
     before = unet.attn_processors
     layers = [name for name in before if name.endswith("attn1.processor")]
-    grids = _grids(latents.shape[-2], latents.shape[-1])
-    stats: list[Tensor] = []
-    maps: list[Tensor] = []
-
-    def keep(layer_stats: Tensor, received: Tensor, tokens: int) -> None:
-        stats.append(layer_stats)
-        spatial = received.unflatten(-1, grids[tokens])[:, None]
-        maps.append(F.interpolate(spatial, (spatial_size, spatial_size), mode="bilinear")[:, 0])
-        if len(stats) == len(layers):
-            raise _Stop
-
-    watch = _WatchedAttention(keep, grids, query_chunk)
+    watch = _SolProcessor(len(layers), _grids(latents.shape[-2], latents.shape[-1]), query_chunk)
     unet.set_attn_processor({name: watch if name in layers else p for name, p in before.items()})
     try:
         _run(unet, latents, sigma, text)
     finally:
         unet.set_attn_processor(before)
+    size = (spatial_size, spatial_size)
+    maps = [F.interpolate(grid[:, None], size, mode="bilinear")[:, 0] for grid in watch.received]
     spatial = torch.stack(maps).mean(0)
     spatial = spatial / spatial.sum(dim=(1, 2), keepdim=True)
-    return SolFeatures(torch.stack(stats).mean(0), spatial)
+    return SolFeatures(torch.stack(watch.stats).mean(0), spatial)
 
 
 def _grids(height: int, width: int) -> dict[int, tuple[int, int]]:
@@ -124,61 +114,33 @@ def _grids(height: int, width: int) -> dict[int, tuple[int, int]]:
     return grids
 
 
-class _WatchedAttention:
-    """A diffusers attention processor for self-attention that also takes its statistics."""
+class _SolProcessor:
+    """A diffusers attention processor for all self-attention layers, that keeps what it saw.
 
-    def __init__(
-        self,
-        keep: Callable[[Tensor, Tensor, int], None],
-        grids: dict[int, tuple[int, int]],
-        query_chunk: int | None,
-    ):
-        self._keep, self._grids, self._chunk = keep, grids, query_chunk
-        self._distances: dict[int, Tensor] = {}
+    Attributes:
+        stats: ``[B, 4]`` of each layer.
+        received: ``[B, h, w]`` of each layer, attention that each place of its grid got.
+    """
+
+    def __init__(self, layers: int, grids: dict[int, tuple[int, int]], query_chunk: int | None):
+        self._layers, self._grids, self._query_chunk = layers, grids, query_chunk
+        self.stats: list[Tensor] = []
+        self.received: list[Tensor] = []
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        batch, heads, tokens, _ = q.shape
-        distance = self._distance(tokens, q.device)
-        chunk = self._chunk or max(1, _CHUNK_BYTES // (4 * batch * heads * tokens))
+        def heads(projection: torch.nn.Module) -> Tensor:
+            # Contiguous, or every product would pack heads that lie side by side anew.
+            split = projection(hidden_states).unflatten(-1, (attn.heads, -1))
+            return split.transpose(1, 2).contiguous()
 
-        sums = torch.zeros(batch, 3, device=q.device)
-        received = torch.zeros(batch, tokens, device=q.device)
-        outputs = []
-        for start in range(0, tokens, chunk):
-            logits = q[:, :, start : start + chunk] @ k.transpose(-1, -2)
-            rows = torch.softmax(logits.float() * attn.scale, dim=-1)
-            outputs.append(rows.to(v.dtype) @ v)
-            mean = rows.mean(1)  # [B, chunk, N], over heads
-            received += mean.sum(1)
-            far = torch.einsum("bqk,qk->b", mean, distance[start : start + chunk])
-            entropy = torch.special.entr(mean).sum((1, 2))
-            sums += torch.stack([far, entropy, mean.norm(dim=-1).reciprocal().sum(1)], dim=-1)
-
-        far, entropy, ratio = (sums / tokens).unbind(-1)
-        root = math.sqrt(tokens)
-        # A single token attends to itself: perfectly local, and there is nothing to spread over.
-        entropy = entropy / math.log(tokens) if tokens > 1 else torch.zeros_like(entropy)
-        sparsity = (root - ratio) / (root - 1) if tokens > 1 else torch.ones_like(ratio)
-        stats = torch.stack([1 - far, entropy, 1 - entropy, sparsity], dim=-1)
-        self._keep(stats, received, tokens)
-
-        merged = torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](merged))
-
-    def _distance(self, tokens: int, device: torch.device) -> Tensor:
-        """``[N, N]`` distances on the layer's grid over the largest of them."""
-        if tokens not in self._distances:
-            height, width = self._grids[tokens]
-            rows, columns = torch.meshgrid(
-                torch.arange(height, device=device, dtype=torch.float32),
-                torch.arange(width, device=device, dtype=torch.float32),
-                indexing="ij",
-            )
-            places = torch.stack([rows, columns], dim=-1).flatten(0, 1)
-            largest = max(math.hypot(height - 1, width - 1), 1.0)
-            self._distances[tokens] = torch.cdist(places, places) / largest
-        return self._distances[tokens]
+        # Nobody reads what the last layer puts out.
+        is_last = len(self.stats) + 1 == self._layers
+        v = None if is_last else heads(attn.to_v)
+        q, k = heads(attn.to_q), heads(attn.to_k)
+        grid = self._grids[q.shape[2]]
+        seen = watched_attention(q, k, v, attn.scale, grid, self._query_chunk)
+        self.stats.append(seen.stats)
+        self.received.append(seen.received.unflatten(-1, grid))
+        if seen.output is None:
+            raise _Stop
+        return attn.to_out[1](attn.to_out[0](seen.output.transpose(1, 2).flatten(2)))
