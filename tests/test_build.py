@@ -22,8 +22,12 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.sources import DataConfig
+from tinyflux.distributed.data import worker_steps
 from tinyflux.errors import CacheError, InputError
+from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, EncodingCache
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.step import training_loss
 
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in
             ("circle", "square", "heart", "star")]  # fmt: skip
@@ -230,6 +234,37 @@ def test_pictures_of_several_sizes_and_a_new_size(configs):
     larger = changed(bucket, data={"areas": (16, 22)})
     found = computed(larger)
     assert found == {"latents": 5, "text": 0, "lune": 5, "sol": 5}
+
+
+def test_a_student_trains_on_pictures_of_several_sizes(configs):
+    folder = Path(configs.data.folder)
+    write_pictures(folder / "wide", CAPTIONS[:3], size=(32, 16), seed=5)
+    mixed = changed(configs, data={"resize": "bucket", "areas": (16,), "step": 4})
+    make(mixed)
+    dataset, model = CachedDataset(mixed.directory), TinyFluxDeep(configs.model)
+    dataset.check(configs.model, True, True)
+    config = TrainerConfig(batch_size=3, gradient_accumulation=1, dtype=torch.float32)
+    steps = worker_steps(dataset, range(len(dataset)), config, 0, 1, 0)
+    grids = set()
+    for _, step in zip(range(5), steps, strict=False):
+        (batch,) = step.micro_batches
+        grids.add(batch.grid)
+        loss = training_loss(model, batch, config, 0, None, dataset.t_buckets)
+        loss.total.backward()
+        assert torch.isfinite(loss.total)
+    assert grids == {(4, 4), (3, 5)}
+
+
+def test_masks_are_cached_beside_the_latents(configs):
+    folder = Path(configs.data.folder)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(folder / "003.mask.png")
+    assert make(changed(configs, data={"mask_key": "mask"})).rows == len(CAPTIONS)
+    dataset = CachedDataset(configs.directory)
+    masks = dict(zip(dataset.sources(), dataset.read(range(12))["mask"], strict=True))
+    assert masks["003.png"].tolist() == [[1, 1, 0, 0]] * 4
+    assert masks["004.png"].tolist() == [[1, 1, 1, 1]] * 4
 
 
 def test_broken_pictures_are_left_out_up_to_a_share(configs):

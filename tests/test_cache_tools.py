@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -210,3 +211,12 @@ def test_a_plan_comes_true(built, tmp_path, capsys):
         assert plan.bytes(group) == pytest.approx(actual, rel=0.1), group
     assert_same(mine.directory, built.directory)
     assert build_module.ESTIMATE_NAME in {p.name for p in mine.directory.iterdir()}
+
+
+def test_the_documented_example_reads_the_numbers(configs):
+    page = (Path(__file__).parents[1] / "docs" / "cache.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    found: dict = {}
+    exec(example.replace("runs/demo/cache", str(configs.directory)), found)
+    rows = CachedDataset(configs.directory).read(range(len(found["latents"])))
+    assert np.array_equal(found["latents"], rows["latents"].numpy())
