@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -24,7 +25,7 @@ import torch
 
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import ESTIMATE_NAME, Cost, Estimate, compare, measure
-from tinyflux.cache.extract import CacheConfig, extractor_for
+from tinyflux.cache.extract import CacheConfig, Extractor, extractor_for
 from tinyflux.cache.index import INDEX_FOLDER, index_path, read_index, write_index
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.manifest import (
@@ -109,8 +110,12 @@ class LocalRunner:
     def __init__(self, configs: BuildConfigs):
         self._configs = configs
 
+    @cached_property
+    def _encoder(self) -> ShardEncoder:
+        return self._configs.encoder()
+
     def prepare(self) -> Callable[[], Makers]:
-        return lambda: prepare(self._configs)
+        return lambda: prepare(self._configs, self._encoder.extractor)
 
     def index(self, units: Sequence[Unit]) -> Iterator[None]:
         for unit in units:
@@ -118,19 +123,16 @@ class LocalRunner:
             yield
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
-        encoder = self._configs.encoder()
         for task in tasks:
-            encoder(task)
+            self._encoder(task)
             yield task.name
 
     def measure(self, task: ShardTask) -> Cost:
         return measure_task(self._configs, task)
 
 
-def prepare(configs: BuildConfigs) -> Makers:
+def prepare(configs: BuildConfigs, extractor: Extractor) -> Makers:
     """Load the models, name them by their weights, and encode the empty caption."""
-    torch.set_num_threads(max(1, int(configs.cache.cpus_per_actor)))
-    extractor = extractor_for(configs.zoo.build(configs.model), configs.cache)
     recipe = extractor.recipe(mask=bool(configs.data.mask_key))
     path = f"null_text.{recipe.groups['text'].maker[:8]}.safetensors"
     return Makers(recipe, write_null_text(configs.directory, *extractor.null_text(), path))
@@ -138,8 +140,7 @@ def prepare(configs: BuildConfigs) -> Makers:
 
 def measure_task(configs: BuildConfigs, task: ShardTask) -> Cost:
     """What encoding the first few batches of a shard costs."""
-    torch.set_num_threads(max(1, int(configs.cache.cpus_per_actor)))
-    extractor = extractor_for(configs.zoo.build(configs.model), configs.cache)
+    extractor = configs.encoder().extractor
     table = pq.read_table(configs.directory / task.rows_file)
     rows = table.slice(0, MEASURED_BATCHES * configs.cache.batch_size).to_pydict()
     groups, most = list(task.makers), configs.cache.rows_per_shard

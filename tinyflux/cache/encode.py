@@ -55,8 +55,8 @@ class ShardEncoder:
     """
 
     def __init__(self, directory: Path, data: DataConfig, extractor: Extractor, trim_text: bool):
-        self._directory, self._data = directory, data
-        self._extractor, self._trim = extractor, trim_text
+        self._directory, self._data, self._trim = directory, data, trim_text
+        self.extractor = extractor
 
     def __call__(self, task: ShardTask) -> None:
         """Make every group of ``task``.
@@ -80,8 +80,8 @@ class ShardEncoder:
             together.setdefault(missing, []).append(group)
         for missing, groups in together.items():
             started = time.monotonic()
-            work = ShardWork(self._extractor, self._data, rows, task.size, groups)
-            for batch in batches(missing, self._extractor.batch_size):
+            work = ShardWork(self.extractor, self._data, rows, task.size, groups)
+            for batch in batches(missing, self.extractor.batch_size):
                 work.add(batch)
             seconds = (time.monotonic() - started) / len(groups)
             for group in groups:

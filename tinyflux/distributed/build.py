@@ -91,7 +91,7 @@ class RayRunner:
 
 def _prepare(packed: dict[str, Any]) -> dict[str, Any]:
     configs = _unpack(packed)
-    return _single(_answer(lambda: prepare(configs)))
+    return _single(_answer(lambda: prepare(configs, configs.encoder().extractor)))
 
 
 def _measure(packed: dict[str, Any], task: str) -> dict[str, Any]:
