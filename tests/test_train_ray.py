@@ -129,20 +129,25 @@ def test_a_run_leaves_everything_in_its_directory_and_returns_at_once_when_done(
     assert time.perf_counter() - started < 1
 
 
-def test_workers_accumulation_and_engines_train_alike(make_run):
-    runs = [
-        make_run("two"),
-        make_run("one", {"num_workers": 1}, gradient_accumulation=2),
-        make_run("torch", {"engine": "torch"}),
-        make_run("torch-one", {"engine": "torch", "num_workers": 1}),
+def test_workers_accumulation_engines_and_zero_stages_train_alike(make_run):
+    plain = {"engine": "torch"}
+    whole = [  # a batch in one piece
+        make_run("torch-one", {**plain, "num_workers": 1}),
+        make_run("zero0-one", {"num_workers": 1, "zero_stage": 0}),
+        make_run("zero2-one", {"num_workers": 1}),
     ]
-    for run in runs:
+    halves = [  # in two, by workers or one after the other
+        make_run("torch-two", plain),
+        make_run("zero2-two"),
+        make_run("zero1-accumulated", {"num_workers": 1, "zero_stage": 1}, gradient_accumulation=2),
+    ]
+    for run in (*whole, *halves):
         train(run)
-    reference = final(runs[0])
-    for run in runs[1:]:
-        torch.testing.assert_close(losses(run), losses(runs[0]), rtol=1e-5, atol=1e-6)
-        for name, tensor in final(run).items():
-            torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-5)
+    for first, others, close in ((whole[0], whole, 1e-7), (halves[0], halves, 1e-7),
+                                 (whole[0], halves, 1e-6)):  # fmt: skip
+        for run in others:
+            torch.testing.assert_close(losses(run), losses(first), rtol=0, atol=close)
+            torch.testing.assert_close(final(run), final(first), rtol=0, atol=close)
 
 
 def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make_run):
@@ -207,7 +212,7 @@ def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run
     resized.workers = replace(resized.workers, num_workers=1, engine="torch")
     train(resized)
     for name, tensor in final(resized).items():
-        torch.testing.assert_close(tensor, final(straight)[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, final(straight)[name], rtol=0, atol=1e-6)
     trainer = Trainer(load_model(f"{resized.run_dir}/final", device="cpu"), resized.trainer)
     trainer.load_checkpoint(f"{straight.run_dir}/checkpoints/step_00000008")
     assert trainer.current_step == 8
