@@ -1,5 +1,6 @@
 """The build job on a real Ray: against the bare loop, and through the deaths of its processes."""
 
+import gc
 import json
 import os
 import random
@@ -108,6 +109,7 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, head, monkeypatch):
     from ray.cluster_utils import Cluster
 
@@ -129,6 +131,8 @@ def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, 
         assert driver.wait(timeout=240) == 0
     finally:
         cluster.shutdown()
+        del cluster, nodes
+        gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
     assert_same(mine.directory, configs.directory)
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -97,7 +99,8 @@ def test_unload_offload_reload(zoo):
 
 def test_a_digest_names_the_weights(world, tmp_path):
     first = zoo_config(world).build(student_config())
-    again = zoo_config(make_world(tmp_path / "same")).build(student_config())
+    # A copy: the tokenizers' trainers break ties at random, and a vocabulary is part of a model.
+    again = zoo_config(shutil.copytree(world, tmp_path / "same")).build(student_config())
     other = zoo_config(make_world(tmp_path / "other", seed=1)).build(student_config())
     for name in ("vae", "t5", "clip", "lune", "sol", "sd_vae"):
         assert first.digest(name) == again.digest(name) != other.digest(name)
