@@ -63,22 +63,7 @@ class Cluster:
 
     def processes(self, name: bytes) -> list[int]:
         """Ray's processes of this node with ``name`` in their titles."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                title = path.read_bytes()
-                if title.startswith(b"ray::") and name in title and self._owns(path.parent.name):
-                    found.append(int(path.parent.name))
-        return sorted(found)
-
-    def _owns(self, pid: str) -> bool:
-        """Whether a process descends from the head."""
-        while pid not in ("0", "1"):
-            if int(pid) == self._head.pid:
-                return True
-            status = Path(f"/proc/{pid}/status").read_text()
-            pid = next(ln for ln in status.splitlines() if ln.startswith("PPid")).split()[1]
-        return False
+        return ray_processes(self._head.pid, name)
 
     def stop_job(self, name: str) -> str:
         return finish(self._job("stop", name))[1]
@@ -101,6 +86,27 @@ class Cluster:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._head.pid, signal.SIGKILL)
+
+
+def ray_processes(ancestor: int, name: bytes) -> list[int]:
+    """Descendants of a process that Ray gave titles with ``name``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            title = path.read_bytes()
+            if title.startswith(b"ray::") and name in title and _descends(path.parent, ancestor):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def _descends(process: Path, ancestor: int) -> bool:
+    pid = int(process.name)
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(next(ln for ln in status.splitlines() if ln.startswith("PPid")).split()[1])
+    return False
 
 
 def free_ports(count):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.ray_head import ray_processes
 from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 from tinyflux.errors import CacheError, ConfigError, TrainingError
 from tinyflux.model.loader import load_model
@@ -159,7 +160,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make
     def kill():
         while not (checkpoints / "step_00000004").exists():
             time.sleep(0.005)
-        for pid in worker_processes():
+        for pid in ray_processes(os.getpid(), b"TrainWorker"):
             victims.append(pid)
             os.kill(pid, signal.SIGKILL)
             return
@@ -172,36 +173,6 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make
     assert same(final(killed), final(straight))
     steps = [r["step"] for r in read_metrics(Path(killed.run_dir) / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
-
-
-def worker_processes():
-    """The train workers of this test's Ray, by the names that Ray gives processes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            title = path.read_bytes()
-            parent = Path(path.parent, "status").read_text()
-        except OSError:
-            continue
-        if title.startswith(b"ray::") and b"TrainWorker" in title and mine(parent):
-            found.append(int(path.parent.name))
-    return found
-
-
-def mine(status):
-    """Whether the process descends from this one."""
-    while True:
-        parent = int(
-            next(line for line in status.splitlines() if line.startswith("PPid")).split()[1]
-        )
-        if parent == os.getpid():
-            return True
-        if parent <= 1:
-            return False
-        try:
-            status = Path(f"/proc/{parent}/status").read_text()
-        except OSError:
-            return False
 
 
 def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run, tmp_path):

@@ -49,11 +49,6 @@ MAX_COLUMN_BYTES = 2**31 - 2**16
 Column = Tensor | Sequence[str] | Sequence[int]
 
 
-def group_of(column: str) -> str:
-    """The group that holds ``column``."""
-    return next(group for group, columns in GROUPS.items() if column in columns)
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where a tensor column's raw values lie in its file.
