@@ -284,6 +284,21 @@ def test_broken_pictures_are_left_out_up_to_a_share(configs):
         make(allowed)
 
 
+def test_a_picture_that_changes_meanwhile_ends_the_job_and_is_found_again(configs):
+    path = Path(configs.data.folder) / "004.png"
+    whole = path.read_bytes()
+
+    class Meddler(LocalRunner):
+        def encode(self, tasks):
+            path.unlink()
+            return super().encode(tasks)
+
+    with pytest.raises(InputError, match=r"'004\.png' was changed or removed while"):
+        build(configs, Meddler(configs))
+    path.write_bytes(whole)
+    assert make(configs).rows == len(CAPTIONS)
+
+
 def test_features_that_are_not_finite_and_long_captions_are_rejected(configs, monkeypatch):
     (Path(configs.data.folder) / "001.txt").write_text("red " * 100)
     teachers = Extractor.teachers

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -163,32 +164,33 @@ class ShardWork:
         self._parts: dict[str, list[Tensor]] = {}
         self._refused: dict[int, str] = {}
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, Tensor]:
-        """By name, ``[len(made), ...]`` fp16."""
+        """By name, ``[len(made), ...]`` fp16; after the last row was added."""
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
     def rejected(self, group: str) -> dict[int, str]:
         """Rows that cannot be used, with the reason."""
         found = dict(self._refused)
         for name in GROUPS[group]:
-            if name in self._parts:
-                fine = finite_rows(torch.cat(self._parts[name]))
+            if name in self.columns:
+                fine = finite_rows(self.columns[name])
                 for row, good in zip(self.made, fine.tolist(), strict=True):
                     if not good:
                         found[row] = f"{name} is not finite in float16"
         return found
 
     def add(self, batch: list[int]) -> None:
-        """Read and encode rows of the shard."""
-        samples = []
-        for row, picture in zip(batch, self._pictures(batch), strict=True):
-            if isinstance(picture, Exception):
-                self._refused[row] = str(picture)
-            else:
-                key, caption = self._rows[KEY][row], self._rows["caption"][row]
-                samples.append((row, Sample(key, caption, *picture)))
-        self._encode(samples)
+        """Read and encode rows of the shard.
+
+        Raises:
+            InputError: a picture is not what it was when it was indexed.
+        """
+        pictures = self._pictures(batch) if set(self._groups) & set(NEEDS_PICTURES) else {}
+        keys, captions = self._rows[KEY], self._rows["caption"]
+        self._encode(
+            [(row, Sample(keys[row], captions[row], *pictures.get(row, ()))) for row in batch]
+        )
 
     def _encode(self, samples: list[tuple[int, Sample]]) -> None:
         if not samples:
@@ -206,50 +208,29 @@ class ShardWork:
         for name, rows in columns.items():
             self._parts.setdefault(name, []).append(rows)
 
-    def _pictures(
-        self, batch: list[int]
-    ) -> Iterator[tuple[Image.Image | None, Image.Image | None] | Exception]:
-        """Picture and mask of each row at the shard's size, or why there is none."""
-        if not set(self._groups) & set(NEEDS_PICTURES):
-            yield from ((None, None) for _ in batch)
-            return
-        masked = [
-            row for row in batch if "mask" in self._groups and self._rows["mask_locator"][row]
-        ]
-        found = self._contents(masked, "mask_locator", "mask_picture")
-        masks = dict(zip(masked, found, strict=True))
-        contents = self._contents(batch, "locator", "picture")
-        for row, content in zip(batch, contents, strict=True):
-            try:
-                yield self._decode(row, content), self._decode_mask(row, masks.get(row))
-            except (InputError, OSError) as error:
-                yield error
-
-    def _decode(self, row: int, content: bytes | Exception) -> Image.Image:
-        if isinstance(content, Exception):
-            raise content
-        name = self._rows["source"][row]
-        return fit_picture(decode_picture(content, name, self._data.max_pixels), self._size)
-
-    def _decode_mask(self, row: int, content: bytes | Exception | None) -> Image.Image | None:
-        if content is None:
-            return None
-        if isinstance(content, Exception):
-            raise content
-        upright = (int(self._rows["width"][row]), int(self._rows["height"][row]))
-        name = self._rows["source"][row]
-        return fit_mask(decode_mask(content, name, upright, self._data.max_pixels), self._size)
+    def _pictures(self, batch: list[int]) -> dict[int, tuple[Image.Image, Image.Image | None]]:
+        """Picture and mask of each row, at the shard's size."""
+        rows, most, found = self._rows, self._data.max_pixels, {}
+        masked = [row for row in batch if "mask" in self._groups and rows["mask_locator"][row]]
+        masks = dict(self._contents(masked, "mask_locator", "mask_picture"))
+        for row, content in self._contents(batch, "locator", "picture"):
+            name, mask = rows["source"][row], None
+            image = decode_picture(content, name, most)
+            if row in masks:
+                mask = fit_mask(decode_mask(masks[row], name, image.size, most), self._size)
+            found[row] = (fit_picture(image, self._size), mask)
+        return found
 
     def _contents(
         self, batch: list[int], locator: str, picture: str
-    ) -> Iterator[bytes | Exception]:
-        """Files of rows, made sure to be those that were indexed."""
+    ) -> Iterator[tuple[int, bytes]]:
+        """Rows with their files, which are made sure to be those that were indexed."""
         files = open_pictures(self._data, [self._rows[locator][row] for row in batch])
         for row, content in zip(batch, files, strict=True):
-            if isinstance(content, bytes) and digest_of(content) != self._rows[picture][row]:
-                yield InputError(
-                    f"'{self._rows['source'][row]}' was changed while the cache was built: build "
-                    f"again"
+            # Not a reason to leave the sample out: the next run may find the file again.
+            if isinstance(content, Exception) or digest_of(content) != self._rows[picture][row]:
+                raise InputError(
+                    f"'{self._rows['source'][row]}' was changed or removed while the cache was "
+                    f"built: run the same command again to continue with what is there now"
                 )
-            else:
-                yield content
+            yield row, content
