@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Bytes of one chunk's fp32 rows, of all heads. A CPU wants them to stay in its cache; a GPU wants
 # few launches, each of which fills it.
-_CPU_CHUNK, _GPU_CHUNK = 2**23, 2**28
+_CPU_CHUNK, _GPU_CHUNK = 2**24, 2**28
 _TINY = torch.finfo(torch.float32).tiny
 
 
