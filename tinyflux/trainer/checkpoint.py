@@ -10,6 +10,7 @@ A checkpoint is a directory::
 It is written under another name and renamed when it is whole: one that can be seen is complete.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from torch import Tensor
 from tinyflux.errors import CheckpointError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.ema import EMA, check_tensors
+from tinyflux.trainer.ema import EMA, check_tensors, cpu_copy
 from tinyflux.util.config import from_dict, to_dict
 
 FORMAT_VERSION = 1
@@ -75,13 +76,41 @@ class Checkpoint:
         return EMA.load(self.path / "ema.safetensors", model)
 
 
-def save_checkpoint(
-    directory: str | os.PathLike[str],
-    model: TinyFluxDeep,
-    ema: EMA,
-    optimizer: Mapping[str, Tensor],
-    state: TrainerState,
-) -> None:
+@dataclass
+class Contents:
+    """What a checkpoint is written from.
+
+    Attributes:
+        model: whose config is written.
+        weights: the model's tensors, or copies of them.
+        optimizer: as of :meth:`tinyflux.trainer.engine.Engine.optimizer_state`.
+    """
+
+    model: TinyFluxDeep
+    weights: Mapping[str, Tensor]
+    ema: EMA
+    optimizer: Mapping[str, Tensor]
+    state: TrainerState
+
+    @classmethod
+    def of(
+        cls, model: TinyFluxDeep, ema: EMA, optimizer: Mapping[str, Tensor], state: TrainerState
+    ) -> "Contents":
+        """The run's own tensors: write them before it goes on."""
+        return cls(model, model.state_dict(), ema, optimizer, state)
+
+    def snapshot(self) -> "Contents":
+        """Copies on the CPU, which stay as they are while the run goes on."""
+        return Contents(
+            model=self.model,
+            weights={name: cpu_copy(tensor) for name, tensor in self.weights.items()},
+            ema=self.ema.snapshot(),
+            optimizer={name: cpu_copy(tensor) for name, tensor in self.optimizer.items()},
+            state=copy.deepcopy(self.state),
+        )
+
+
+def save_checkpoint(directory: str | os.PathLike[str], contents: Contents) -> None:
     """Write a whole checkpoint or, on an error, nothing.
 
     Raises:
@@ -91,10 +120,10 @@ def save_checkpoint(
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        save_model(model, partial)
-        ema.save(partial / "ema.safetensors", dtype=torch.float32)
-        save_file(_whole(optimizer), partial / "optimizer.safetensors")
-        (partial / STATE_FILE).write_text(json.dumps(to_dict(state), indent=2))
+        save_model(contents.model, partial, contents.weights)
+        contents.ema.save(partial / "ema.safetensors", dtype=torch.float32)
+        save_file(_whole(contents.optimizer), partial / "optimizer.safetensors")
+        (partial / STATE_FILE).write_text(json.dumps(to_dict(contents.state), indent=2))
         _flush(partial)
         if directory.exists():
             shutil.rmtree(directory)
@@ -178,8 +207,22 @@ def remove_partial(root: str | os.PathLike[str]) -> None:
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """Contiguous tensors that share no memory, as safetensors wants them.
+
+    Those of a snapshot are it already: a second copy of them would be the largest of all.
+    """
+    return {
+        name: tensor if _stands_alone(tensor) else cpu_copy(tensor)
+        for name, tensor in tensors.items()
+    }
+
+
+def _stands_alone(tensor: Tensor) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
 
 
 def _flush(directory: Path) -> None:

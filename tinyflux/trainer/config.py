@@ -107,6 +107,7 @@ class TrainerConfig:
     sample_seed: int = 0
     sample_height: int | None = None  # latent rows; None: those of the training data
     sample_width: int | None = None
+    async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
     max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Exponential moving average of a model's weights."""
 
+import copy
 import json
 import os
 from typing import Any
@@ -99,6 +100,12 @@ class EMA:
         for name, shadow in self.shadow.items():
             shadow.copy_(state["shadow"][name])
 
+    def snapshot(self) -> "EMA":
+        """A copy on the CPU that later updates do not reach."""
+        twin = copy.copy(self)
+        twin.shadow = {name: cpu_copy(tensor) for name, tensor in self.shadow.items()}
+        return twin
+
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the shadow as safetensors in ``dtype`` (fp32 loses nothing)."""
         tensors = {
@@ -126,6 +133,11 @@ class EMA:
         check_tensors(ema.shadow, shadow, str(path))
         ema.load_state_dict({"decay": ema.decay, "shadow": shadow})
         return ema
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU that shares no memory, also of a tensor that is there."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:

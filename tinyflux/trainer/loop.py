@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tinyflux.errors import TrainingError
 from tinyflux.trainer.checkpoint import (
+    Contents,
     TrainerState,
     epoch_directory,
     prune,
@@ -30,6 +32,7 @@ from tinyflux.trainer.sampling import Sampler, image_grid
 from tinyflux.trainer.step import TrainBatch, training_loss
 from tinyflux.trainer.upload import Uploader
 from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import full_disk_ends_run
 
@@ -89,6 +92,7 @@ class TrainLoop:
         self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
         self._log: MetricLog | None = None
         self._uploader: Uploader | None = None
+        self._writer: BackgroundWriter | None = None
         self._sums = torch.zeros(5, device=engine.device)  # losses, and of how many steps
         self._steps = self._samples = 0
         self._wait = self._busy = 0.0
@@ -100,6 +104,7 @@ class TrainLoop:
 
         Raises:
             TrainingError: gradients stayed non-finite, or the disk is full.
+            CheckpointError: a checkpoint could not be written; at the latest when the run ends.
         """
         if self.state.step >= self.config.total_steps:
             return
@@ -109,15 +114,22 @@ class TrainLoop:
                 stack.callback(self._close)
                 self._open(self.paths)
             self._train(data)
+            if self._writer is not None:
+                self._writer.wait()
 
     def _open(self, paths: RunPaths) -> None:
         self._log = MetricLog(paths.metrics, paths.tensorboard, self.state.step)
         if self.config.hf_repo_id is not None:
             self._uploader = Uploader(self.config.hf_repo_id)
+        if self.config.async_checkpoints:
+            self._writer = BackgroundWriter()
 
     def _close(self) -> None:
+        # First of all: a checkpoint that is being written may still be uploaded.
+        if self._writer is not None:
+            self._writer.close()
         log, uploader = self._log, self._uploader
-        self._log = self._uploader = None
+        self._log = self._uploader = self._writer = None
         if uploader is not None:
             uploader.close()
         if log is not None:
@@ -129,6 +141,8 @@ class TrainLoop:
             self._validate()
         started = time.perf_counter()
         for item in data:
+            if self._writer is not None:
+                self._writer.check()
             ready = time.perf_counter()
             norm = self._step(item)
             done = time.perf_counter()
@@ -237,7 +251,12 @@ class TrainLoop:
             )
 
     def _save(self, kind: str, upload: bool) -> None:
-        """Write a checkpoint, delete old ones, and upload if asked; all workers take part."""
+        """Write a checkpoint, delete old ones, and upload if asked; all workers take part.
+
+        With a writer only the copies are made here; the rest happens in its thread.
+        """
+        if self._writer is not None:
+            self._writer.wait()  # before the next copies are made, so that there is one set
         optimizer = self.engine.optimizer_state()
         if self.paths is None or self.ema is None or optimizer is None:
             return
@@ -247,10 +266,12 @@ class TrainLoop:
         else:
             path, keep = epoch_directory(root, self.state.epoch), self.config.keep_last_n_epochs
         state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
-        save_checkpoint(path, self.engine.model, self.ema, optimizer, state)
-        prune(root, kind, keep)
-        if upload and self._uploader is not None:
-            self._uploader.submit(path, path.name)
+        contents = Contents.of(self.engine.model, self.ema, optimizer, state)
+        uploader = self._uploader if upload else None
+        if self._writer is None:
+            _write(path, contents, kind, keep, uploader)
+        else:
+            self._writer.submit(partial(_write, path, contents.snapshot(), kind, keep, uploader))
 
     def _validate(self) -> None:
         if self._log is None or self.held_out is None or not self.held_out.batches:
@@ -290,6 +311,13 @@ class TrainLoop:
         )
         self._log.picture(self.state.step, "samples", image_grid(images))
         print(f"step {self.state.step}  samples: {path}", flush=True)
+
+
+def _write(path: Path, contents: Contents, kind: str, keep: int, uploader: Uploader | None) -> None:
+    save_checkpoint(path, contents)
+    prune(path.parent, kind, keep)
+    if uploader is not None:
+        uploader.submit(path, path.name)
 
 
 def _due(count: int, every: int | None) -> bool:

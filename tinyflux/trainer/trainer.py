@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from tinyflux.errors import InputError, TrainingError
-from tinyflux.trainer.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
@@ -130,7 +130,8 @@ class Trainer:
     def save_checkpoint(self, path: str) -> None:
         """Write a checkpoint directory; see ``tinyflux.trainer.checkpoint``."""
         state = replace(self._state, seed=self.config.seed, trainer=to_dict(self.config))
-        save_checkpoint(path, self.model, self._ema, self._engine.optimizer_state() or {}, state)
+        optimizer = self._engine.optimizer_state() or {}
+        save_checkpoint(path, Contents.of(self.model, self._ema, optimizer, state))
 
     def load_checkpoint(self, path: str) -> None:
         """Continue from a checkpoint directory, of this class or of a Ray run.
