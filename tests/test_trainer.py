@@ -2,10 +2,13 @@ import json
 import re
 import resource
 import sys
+import threading
 from contextlib import contextmanager
+from itertools import islice
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from tests.test_sampling import FakeZoo
@@ -13,12 +16,18 @@ from tests.test_step import MODEL, make_batch
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer import upload
-from tinyflux.trainer.checkpoint import latest_checkpoint, remove_partial
+from tinyflux.trainer.checkpoint import (
+    Contents,
+    latest_checkpoint,
+    remove_partial,
+    save_checkpoint,
+)
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer, TrainerConfig
 from tinyflux.trainer.validation import HeldOut
+from tinyflux.trainer.writer import BackgroundWriter
 
 
 class Encodings(Dataset):
@@ -176,6 +185,168 @@ def test_broken_and_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
         trainer.load_checkpoint(str(tmp_path / "saved"))
     assert torch.equal(weights(trainer), before)
+
+
+def test_a_snapshot_is_written_as_the_run_stood_byte_for_byte(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    optimizer = trainer._engine.optimizer_state()
+    contents = Contents.of(trainer.model, trainer.ema, optimizer, trainer._state)
+    snapshot = contents.snapshot()
+    save_checkpoint(tmp_path / "now", contents)
+    trainer.train()  # changes weights, EMA, optimizer state and step in place
+    save_checkpoint(tmp_path / "later", snapshot)
+    save_checkpoint(tmp_path / "changed", contents)
+    names = ["config.json", "ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    names.append("trainer_state.json")
+    assert sorted(path.name for path in (tmp_path / "later").iterdir()) == names
+    for name in names:
+        now, later, changed = (
+            (tmp_path / kind / name).read_bytes() for kind in ("now", "later", "changed")
+        )
+        assert now == later
+        assert (now == changed) == (name == "config.json")
+
+
+def checkpoint_files(root):
+    """Every checkpoint's files, without the one setting that a comparison varies."""
+    return {
+        str(path.relative_to(root)): re.sub(rb'"async_checkpoints": \w+', b"", path.read_bytes())
+        for path in root.rglob("*.*")
+    }
+
+
+def test_a_run_leaves_the_same_checkpoints_whichever_way_they_are_written(tmp_path):
+    found = []
+    for name, wanted in (("a", True), ("b", False)):
+        # Paths are settings too, so both runs train in one place.
+        trainer = make_trainer(
+            tmp_path / "run",
+            async_checkpoints=wanted,
+            save_every_steps=1,
+            save_every_epochs=1,
+            keep_last_n_steps=2,
+        )
+        trainer.train(epochs=2)
+        (tmp_path / "run").rename(tmp_path / name)
+        found.append(checkpoint_files(tmp_path / name / "checkpoints"))
+    assert found[0] == found[1]
+    assert len(found[0]) == 4 * 5
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path, monkeypatch):
+    constant = {"lr_scheduler": "constant"}
+    straight = make_trainer(tmp_path / "a", total_steps=8, **constant)
+    straight.train(epochs=9)
+
+    disk, begun = threading.Event(), []
+
+    def slow(directory, contents):
+        begun.append(directory.name)
+        assert disk.wait(60)
+        save_checkpoint(directory, contents)
+
+    monkeypatch.setattr("tinyflux.trainer.loop.save_checkpoint", slow)
+    trainer = make_trainer(tmp_path / "b", total_steps=6, save_every_steps=3, **constant)
+    root = tmp_path / "b" / "checkpoints"
+
+    def data():
+        for item in trainer._steps(9):
+            if trainer.current_step == 5:  # two steps past the checkpoint that is still unwritten
+                assert begun == ["step_00000003"]
+                assert latest_checkpoint(root) is None
+                disk.set()
+            yield item
+
+    trainer._loop.run(data())
+    assert begun == ["step_00000003", "step_00000006"]
+    assert latest_checkpoint(root) == root / "step_00000006"
+
+    for name in begun:
+        resumed = make_trainer(tmp_path / "b", total_steps=8, **constant)
+        resumed.load_checkpoint(str(root / name))
+        resumed.train(epochs=9)
+        assert torch.equal(weights(resumed), weights(straight))
+        assert torch.equal(shadow(resumed), shadow(straight))
+
+
+@pytest.mark.parametrize("failing", [2, 6])
+def test_a_disk_that_is_full_in_the_thread_ends_the_run_with_the_sentence(
+    tmp_path, monkeypatch, failing
+):
+    trainer = make_trainer(tmp_path, total_steps=6, save_every_steps=2)
+    failed = threading.Event()
+
+    def full(*args, **kwargs):
+        if f"step_{failing:08d}" not in str(args[1]):
+            return save_file(*args, **kwargs)
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    def data():
+        for item in trainer._steps(9):
+            if trainer.current_step == failing:
+                assert failed.wait(60)
+                trainer._loop._writer._pool.submit(int).result()  # the one before it is done
+            yield item
+
+    monkeypatch.setattr("tinyflux.trainer.checkpoint.save_file", full)
+    message = (
+        rf"cannot write checkpoint .*step_{failing:08d}: .*No space left on device; "
+        "earlier checkpoints are intact"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        trainer._loop.run(data())
+    assert trainer.current_step == failing  # the next step was not made
+    earlier = [f"step_{step:08d}" for step in range(2, failing, 2)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == earlier
+
+
+def test_an_error_in_training_waits_for_the_checkpoint_and_is_the_one_raised(
+    tmp_path, monkeypatch, caplog
+):
+    for name, fails in (("a", False), ("b", True)):
+        begun, disk = threading.Event(), threading.Event()
+
+        def slow(directory, contents, fails=fails, begun=begun, disk=disk):
+            begun.set()
+            assert disk.wait(60)
+            if fails:
+                raise CheckpointError("cannot write checkpoint")
+            save_checkpoint(directory, contents)
+
+        def data(trainer, begun=begun, disk=disk):
+            yield from islice(trainer._steps(9), 2)
+            assert begun.wait(60)
+            threading.Timer(0.2, disk.set).start()
+            raise InputError("broken sample")
+
+        monkeypatch.setattr("tinyflux.trainer.loop.save_checkpoint", slow)
+        trainer = make_trainer(tmp_path / name, save_every_steps=2)
+        with pytest.raises(InputError, match="broken sample"):
+            trainer._loop.run(data(trainer))
+        found = latest_checkpoint(tmp_path / name / "checkpoints")
+        assert (found is None) == fails
+        assert ("cannot write checkpoint" in caplog.text) == fails
+
+
+def test_a_second_write_waits_for_the_first_and_errors_are_raised_once():
+    writer, disk, done = BackgroundWriter(), threading.Event(), []
+
+    def first():
+        assert disk.wait(60)
+        done.append("first")
+        raise OSError("full")
+
+    writer.submit(first)
+    writer.check()  # does not wait
+    threading.Timer(0.2, disk.set).start()
+    with pytest.raises(OSError, match="full"):
+        writer.submit(lambda: done.append("never"))
+    writer.submit(lambda: done.append("second"))
+    writer.wait()
+    writer.close()
+    assert done == ["first", "second"]
 
 
 def test_a_failed_write_leaves_earlier_checkpoints(tmp_path, monkeypatch):
