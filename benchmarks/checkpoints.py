@@ -107,7 +107,7 @@ class Run:
                 saved = done - done % self.period
                 if saved and (step_directory(root, saved) / STATE_FILE).exists():
                     written.setdefault(saved, done - saved)
-                yield StepData([self.batch], done + 1, 0, done + 1)
+                yield StepData([self.batch], done + 1, 0, done + 1, size=1)
 
         loop = TimedLoop(
             self.engine,

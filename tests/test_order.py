@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyflux.distributed.data import SampleOrder, rows_by_size, split_rows, worker_positions
+from tinyflux.distributed.data import SampleOrder, cut, rows_by_size, split_rows
 
 GROUPS = st.lists(st.integers(1, 23), min_size=1, max_size=4)
 
@@ -20,8 +20,7 @@ def batches(groups, batch_size, seed, count, world=1):
     order = SampleOrder(groups, batch_size, seed)
     found = []
     for number in range(count):
-        parts = [worker_positions(number * batch_size, batch_size, rank, world)
-                 for rank in range(world)]  # fmt: skip
+        parts = cut(range(number * batch_size, (number + 1) * batch_size), world)
         found.append([row for part in parts for row in order.rows(part)])
     return found
 

@@ -191,7 +191,8 @@ def test_a_snapshot_is_written_as_the_run_stood_byte_for_byte(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
     optimizer = trainer._engine.optimizer_state()
-    contents = Contents.of(trainer.model, trainer.ema, optimizer, trainer._state)
+    weights, shadow = trainer.model.state_dict(), trainer.ema.shadow
+    contents = Contents(trainer.model, weights, shadow, 0.9, optimizer, trainer._state)
     snapshot = contents.snapshot()
     save_checkpoint(tmp_path / "now", contents)
     trainer.train()  # changes weights, EMA, optimizer state and step in place

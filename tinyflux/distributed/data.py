@@ -2,12 +2,13 @@
 
 A run is one long stream of positions 0, 1, 2, ... Each pass over the data takes the next ``count``
 positions in an order shuffled by (seed, pass). An optimizer step trains on the next ``batch_size``
-positions, cut into equal neighbouring parts for the workers and their micro-batches. So the place
-in the data is one number, and it means the same on any number of workers.
+positions, cut into neighbouring parts of nearly equal size for the workers and their micro-batches.
+So the place in the data is one number, and it means the same on any number of workers.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -131,20 +132,21 @@ def split_rows(pictures: Sequence[str], fraction: float) -> tuple[list[int], lis
 
 
 def check_batch_size(config: TrainerConfig, num_workers: int) -> None:
-    """Refuse a global batch that cannot be cut evenly with a :class:`ConfigError`."""
+    """Refuse a global batch with too few samples for its parts with a :class:`ConfigError`."""
     parts = num_workers * config.gradient_accumulation
-    if config.batch_size % parts:
+    if config.batch_size < parts:
         raise ConfigError(
-            f"trainer.batch_size = {config.batch_size} must be a multiple of workers.num_workers "
+            f"trainer.batch_size = {config.batch_size} must be at least workers.num_workers "
             f"* trainer.gradient_accumulation = {num_workers} * {config.gradient_accumulation} "
             f"= {parts}"
         )
 
 
-def worker_positions(start: int, batch_size: int, rank: int, world_size: int) -> range:
-    """This worker's positions of the global batch that begins at ``start``."""
-    share = batch_size // world_size
-    return range(start + rank * share, start + (rank + 1) * share)
+def cut(whole: range, parts: int) -> list[range]:
+    """``whole`` in so many neighbouring parts, the first ones longer by one where need be."""
+    size, longer = divmod(len(whole), parts)
+    ends = [whole.start + at * size + min(at, longer) for at in range(parts + 1)]
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 def worker_steps(
@@ -162,16 +164,20 @@ def worker_steps(
     """
     order = SampleOrder(rows_by_size(dataset, rows), config.batch_size, config.seed)
     while True:
-        mine = worker_positions(samples_seen, config.batch_size, rank, world_size)
+        batch_range = range(samples_seen, samples_seen + config.batch_size)
+        mine = cut(batch_range, world_size)[rank]
         data = dataset.read(order.rows(mine))
         batch = TrainBatch.from_dict(data, torch.arange(mine.start, mine.stop))
-        size = len(mine) // config.gradient_accumulation
         samples_seen += config.batch_size
         yield StepData(
-            [batch[at : at + size] for at in range(0, len(mine), size)],
+            [
+                batch[part.start - mine.start : part.stop - mine.start]
+                for part in cut(mine, config.gradient_accumulation)
+            ],
             samples_seen,
             epoch=samples_seen // order.count,
             epoch_batches=0,
+            size=config.batch_size,
         )
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO under the training loop."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -22,17 +22,27 @@ from tinyflux.trainer.engine import (
     restore_state,
     trainable_names,
 )
+from tinyflux.trainer.sharding import (
+    gather,
+    padded_part,
+    part,
+    part_size,
+    parts_of,
+    rank_and_world,
+)
 
 # What AdamW keeps for each element of a weight.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_zero(config: TrainerConfig, zero_stage: int) -> None:
+def check_zero(config: TrainerConfig, zero_stage: int, offload: bool = False) -> None:
     """Refuse what this engine cannot do with a :class:`ConfigError`."""
-    if zero_stage not in (0, 1, 2):
+    if zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"workers.zero_stage must be 0, 1, 2 or 3, not {zero_stage}")
+    if offload and zero_stage == 0:
         raise ConfigError(
-            f"workers.zero_stage must be 0, 1 or 2, not {zero_stage}: "
-            "weights cannot be sharded (stage 3) yet"
+            "workers.offload needs workers.zero_stage 1, 2 or 3: stage 0 leaves the optimizer's "
+            "state beside the weights"
         )
     if config.optimizer != "adamw":
         raise ConfigError(
@@ -42,14 +52,25 @@ def check_zero(config: TrainerConfig, zero_stage: int) -> None:
 
 
 class DeepSpeedEngine:
-    """An :class:`tinyflux.trainer.engine.Engine` on DeepSpeed ZeRO 0, 1 or 2.
+    """An :class:`tinyflux.trainer.engine.Engine` on DeepSpeed ZeRO 0, 1, 2 or 3.
 
     A process group must exist. Weights are fp32; the forward runs under autocast as in plain torch,
     so DeepSpeed's own half precision stays off.
+
+    Args:
+        zero_stage: what is sharded: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
+            too, so that ``model`` holds none of them between steps.
+        offload: keep the optimizer's state in CPU memory.
     """
 
-    def __init__(self, model: TinyFluxDeep, config: TrainerConfig, zero_stage: int = 2):
-        check_zero(config, zero_stage)
+    def __init__(
+        self,
+        model: TinyFluxDeep,
+        config: TrainerConfig,
+        zero_stage: int = 2,
+        offload: bool = False,
+    ):
+        check_zero(config, zero_stage, offload)
         try:
             import deepspeed
         except ImportError as error:
@@ -60,13 +81,14 @@ class DeepSpeedEngine:
         self.model = prepare_model(model, config)
         self.device = next(model.parameters()).device
         self.skips = SkipCounter(self.device)
-        self._config, self._stage = config, zero_stage
+        self._config, self._stage, self._offload = config, zero_stage, offload
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         # Wraps the process group that is there; DeepSpeed's calls need it.
         with redirect_stdout(io.StringIO()):  # it prints what it compiled
             deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
-        with _broadcast_scalars(model):
+        with _broadcast_scalars(model, widen=zero_stage == 3):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=_Autocast(model, self.device, config.dtype),
                 model_parameters=self._parameters,
@@ -86,8 +108,10 @@ class DeepSpeedEngine:
                 "stage": self._stage,
                 "overlap_comm": self.device.type == "cuda",
                 "contiguous_gradients": True,
+                **({"offload_optimizer": {"device": "cpu"}} if self._offload else {}),
             },
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
 
@@ -120,25 +144,77 @@ class DeepSpeedEngine:
     def average(self, values: Tensor) -> Tensor:
         return average(values)
 
+    def shard(self) -> Mapping[str, Tensor]:
+        return self._parts(self._names)
+
+    def _parts(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """This worker's parts of parameters, as they are now."""
+        parameters = dict(self.model.named_parameters())
+        if self._stage < 3:
+            return parts_of(parameters, names)
+        rank, world = rank_and_world()
+        return {
+            # DeepSpeed's shard is padded to the same length on every worker.
+            name: parameters[name].ds_tensor[: part_size(self._shapes[name], rank, world)]  # type: ignore[attr-defined]
+            for name in names
+        }
+
+    def split(self, whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return parts_of(whole, self._names)
+
+    def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        return gather(parts, {name: self._shapes[name] for name in self._names})
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        if self._stage < 3:
+            return self.model.state_dict() if dist.get_rank() == 0 else None
+        whole = gather(self._parts(self._shapes), self._shapes)
+        # Buffers are whole on every worker.
+        return whole and {n: whole.get(n, t) for n, t in self.model.state_dict().items()}
+
     def optimizer_state(self) -> dict[str, Tensor] | None:
         main = dist.get_rank() == 0
         if self._stage == 0:
             if not main:
                 return None
             return flatten_state(self._inner_optimizer(), self._names, self._parameters)
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         steps = self._step_count()
-        state: dict[str, Tensor] = {}
         if steps is None:
-            return state if main else None
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(parameter, key)
-                if main:
-                    state[f"{name}/{key}"] = whole.detach().cpu()
-            state[f"{name}/step"] = torch.tensor(float(steps))
-        return state if main else None
+            return {} if main else None
+        found: dict[str, dict[str, Tensor]] = {
+            key: self._whole_moment(key) or {} for key in MOMENTS
+        }
+        if not main:
+            return None
+        return {
+            **{
+                f"{n}/{key}": tensor
+                for key, moment in found.items()
+                for n, tensor in moment.items()
+            },
+            **{f"{name}/step": torch.tensor(float(steps)) for name in self._names},
+        }
+
+    def _whole_moment(self, key: str) -> dict[str, Tensor] | None:
+        """AdamW's ``key`` of every parameter, on rank 0; called by all workers."""
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+        by_name = dict(zip(self._names, self._parameters, strict=True))
+        if self._stage == 3:
+            rank, world = rank_and_world()
+            parts = {
+                name: safe_get_local_optimizer_state(parameter, key)[
+                    : part_size(self._shapes[name], rank, world)
+                ]
+                for name, parameter in by_name.items()
+            }
+            return gather(parts, {name: self._shapes[name] for name in self._names})
+        whole: dict[str, Tensor] = {}
+        for name, parameter in by_name.items():
+            tensor = safe_get_full_optimizer_state(parameter, key)
+            if dist.get_rank() == 0:
+                whole[name] = tensor.detach().cpu()
+        return whole
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         if not state:
@@ -146,7 +222,7 @@ class DeepSpeedEngine:
         if self._stage == 0:
             restore_state(self._inner_optimizer(), self._names, self._parameters, state)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         missing = [
             f"{name}/{key}"
@@ -163,7 +239,13 @@ class DeepSpeedEngine:
         for name, parameter in zip(self._names, self._parameters, strict=True):
             for key in MOMENTS:
                 value = state[f"{name}/{key}"].to(self.device)
-                safe_set_full_optimizer_state(parameter, value, key)
+                if self._stage == 3:
+                    # DeepSpeed's own cut of a whole tensor fails where it does not divide evenly.
+                    rank, world = rank_and_world()
+                    mine = padded_part(part(value, rank, world), value.shape, world)
+                    safe_set_local_optimizer_state(parameter, mine, key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The AdamW that DeepSpeed drives; under ZeRO its parameters are this worker's shards."""
@@ -177,23 +259,30 @@ class DeepSpeedEngine:
     def _create_moments(self, steps: float) -> None:
         """What AdamW's first step would create, so that it can be filled before."""
         inner = self._inner_optimizer()
-        for group in inner.param_groups:
-            for shard in group["params"]:
-                inner.state[shard] = {
-                    "step": torch.tensor(steps, dtype=torch.float32, device=shard.device),
-                    **{key: torch.zeros_like(shard) for key in MOMENTS},
-                }
-        self._optimizer._lazy_init_hp_params_optimizer_state()
+        if self._stage == 3:
+            shards = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            shards = [shard for group in inner.param_groups for shard in group["params"]]
+        for shard in shards:
+            inner.state[shard] = {
+                "step": torch.tensor(steps, dtype=torch.float32, device=shard.device),
+                **{key: torch.zeros_like(shard) for key in MOMENTS},
+            }
+        if self._stage < 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @contextmanager
-def _broadcast_scalars(model: nn.Module) -> Iterator[None]:
+def _broadcast_scalars(model: nn.Module, widen: bool) -> Iterator[None]:
     """Send rank 0's scalars to all and keep DeepSpeed from it.
 
-    DeepSpeed sends its tensors as bytes, and torch cannot view a 0-d tensor so.
+    DeepSpeed sends its tensors as bytes, and torch cannot view a 0-d tensor so. ZeRO-3 insists on
+    it, so there scalars become ``[1]``, which broadcasts alike.
     """
     scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     for parameter in scalars:
+        if widen:
+            parameter.data = parameter.data.reshape(1)
         dist.broadcast(parameter.data, 0)
         parameter.ds_optim_param = True  # type: ignore[attr-defined]
     try:

@@ -14,7 +14,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from tinyflux import errors
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.distributed.data import check_batch_size, read_held_out, split_rows, worker_steps
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
+from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.loader import save_model
@@ -38,6 +40,7 @@ from tinyflux.trainer.checkpoint import (
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
+from tinyflux.trainer.evaluation import Evaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
@@ -53,20 +56,30 @@ class WorkersConfig:
     """The processes of a training run.
 
     Attributes:
-        num_workers: processes, each with the whole model and its share of every batch.
+        num_workers: processes, each with its share of every batch.
+        min_workers: go on with fewer, down to this, while the cluster has no room for all, and
+            with more again when it has; None waits for all of them.
         cpus_per_worker: Ray CPUs, and threads, of each.
         use_gpu: give each worker a GPU.
         engine: ``"deepspeed"``, or ``"torch"`` for plain data parallelism.
-        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer's state, 2 gradients too.
-        max_failures: how often dead workers are replaced before the run gives up.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer's state, 2 gradients too,
+            3 weights too.
+        offload: with DeepSpeed, keep the optimizer's state in CPU memory.
+        max_failures: how often dead workers are replaced before the run gives up; -1 always.
+        evaluator_gpus: with ``use_gpu``, the share of a GPU of the process that validates and
+            draws beside training. Below 1 it comes off the workers' requests, so that a worker's
+            GPU has room for it; 0 leaves it on the CPU.
     """
 
     num_workers: int = 1
+    min_workers: int | None = None
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
     engine: str = "deepspeed"
     zero_stage: int = 2
+    offload: bool = False
     max_failures: int = 2
+    evaluator_gpus: float = 0.25
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -74,11 +87,29 @@ class WorkersConfig:
                 f"workers.engine '{self.engine}' is unknown{nearest(self.engine, ENGINES)}: "
                 f"choose one of {', '.join(ENGINES)}"
             )
-        if self.num_workers < 1 or self.cpus_per_worker <= 0 or self.max_failures < 0:
+        if self.num_workers < 1 or self.cpus_per_worker <= 0 or self.max_failures < -1:
             raise ConfigError(
                 "workers.num_workers must be at least 1, cpus_per_worker above 0 and "
-                "max_failures 0 or more"
+                "max_failures 0 or more, or -1"
             )
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ConfigError(
+                f"workers.min_workers must be from 1 to workers.num_workers = {self.num_workers}, "
+                f"not {self.min_workers}"
+            )
+        if self.evaluator_gpus < 0:
+            raise ConfigError(
+                f"workers.evaluator_gpus must be 0 or more, not {self.evaluator_gpus}"
+            )
+        if self.offload and self.engine != "deepspeed":
+            raise ConfigError("workers.offload needs workers.engine 'deepspeed'")
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """Ray GPUs of each worker: one, or what an evaluator on the same GPU leaves of it."""
+        if not self.use_gpu:
+            return 0.0
+        return 1 - self.evaluator_gpus if self.evaluator_gpus < 1 else 1.0
 
 
 class TrainRun(Protocol):
@@ -170,7 +201,7 @@ def train(run: TrainRun) -> Path:
         return job.final
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
-        check_zero(job.trainer, job.workers.zero_stage)
+        check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
     job.training_rows(job.open_cache())
 
     (job.root / "ray").mkdir(parents=True, exist_ok=True)
@@ -199,11 +230,13 @@ def _fit(job: _Job) -> None:
         train_loop_config=to_dict(job),
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers,
+            num_workers=workers.num_workers
+            if workers.min_workers is None
+            else (workers.min_workers, workers.num_workers),
             use_gpu=workers.use_gpu,
             resources_per_worker={
                 "CPU": workers.cpus_per_worker,
-                **({"GPU": 1} if workers.use_gpu else {}),
+                **({"GPU": workers.gpus_per_worker} if workers.use_gpu else {}),
             },
         ),
         run_config=ray.train.RunConfig(
@@ -245,7 +278,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     """Continue the run on this worker until it is done."""
     config, paths, main = job.trainer, job.paths(), rank == 0
     dataset = job.open_cache()
-    rows, held_out_rows = job.training_rows(dataset)
+    rows, _ = job.training_rows(dataset)
 
     torch.manual_seed(config.seed)  # the same first weights on every worker
     model = TinyFluxDeep(job.model).to(device)
@@ -253,6 +286,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     checkpoint = None if path is None else load_checkpoint(path)
     state = TrainerState(seed=config.seed) if checkpoint is None else checkpoint.state
     if checkpoint is not None:
+        checkpoint.check(model)
         checkpoint.load_model(model)
         if state.seed != config.seed:
             raise ConfigError(
@@ -260,16 +294,18 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
                 f"{config.seed}: keep it, or use a new run_dir"
             )
     engine = _engine(job, model)
-    ema = None
+    ema = EMA(engine.shard(), config.ema_decay)
     if main:
-        ema = EMA(model, config.ema_decay) if checkpoint is None else checkpoint.load_ema(model)
-        ema.decay = config.ema_decay
         remove_partial(paths.checkpoints)
     if checkpoint is not None:
+        shadow = dict(engine.split(checkpoint.shadow))
+        ema.load_state_dict({"decay": config.ema_decay, "shadow": shadow})
         engine.load_optimizer_state(checkpoint.optimizer)
         if main:
             print(f"continuing from {path}", flush=True)
+    del checkpoint
 
+    wanted = config.validate_every or (config.sample_every and config.sample_prompts)
     loop = TrainLoop(
         engine,
         config,
@@ -278,17 +314,17 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         paths if main else None,
         dataset.null_text if config.text_dropout > 0 else None,
         dataset.t_buckets,
-        read_held_out(dataset, held_out_rows) if main and config.validate_every else None,
-        _sampler(job, model, ema, device) if main and config.sample_every else None,
+        _beside(job) if main and wanted else None,
     )
     steps = prefetch(worker_steps(dataset, rows, config, rank, world_size, state.samples_seen))
     try:
         loop.run(steps)
     finally:
         steps.close()  # type: ignore[attr-defined]
-    if ema is not None:
+    _, averaged = loop.whole_weights()
+    if averaged is not None:
         with full_disk_ends_run(job.run_dir):
-            save_model(model, job.final, ema.shadow)
+            save_model(model, job.final, averaged)
             record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
             atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
 
@@ -296,20 +332,36 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
 def _engine(job: _Job, model: TinyFluxDeep) -> Engine:
     if job.workers.engine == "torch":
         return TorchEngine(model, job.trainer)
-    return DeepSpeedEngine(model, job.trainer, job.workers.zero_stage)
+    return DeepSpeedEngine(model, job.trainer, job.workers.zero_stage, job.workers.offload)
 
 
-def _sampler(
-    job: _Job, model: TinyFluxDeep, ema: EMA | None, device: torch.device
-) -> Sampler | None:
-    """A sampler for the grids, its encoders loaded now: a missing one must not end a run later."""
-    if not job.trainer.sample_prompts:
-        return None
-    zoo = job.zoo.build(job.model)
-    zoo.load_vae()
-    zoo.load_t5()
-    zoo.load_clip()
-    return Sampler(zoo, model, ema, device, job.trainer.dtype)
+def _beside(job: _Job) -> Beside:
+    workers = job.workers
+    return Beside(
+        partial(_evaluator, to_dict(job)),
+        workers.evaluator_gpus if workers.use_gpu else 0.0,
+        max(1, int(workers.cpus_per_worker)),
+    )
+
+
+def _evaluator(settings: dict[str, Any], device: torch.device) -> Evaluator:
+    """What looks at the run's weights, in its own process."""
+    job = from_dict(_Job, settings, "the training job")
+    config = job.trainer
+    dataset = job.open_cache()
+    held_out = None
+    if config.validate_every is not None:
+        held_out = read_held_out(dataset, job.training_rows(dataset)[1])
+    model = TinyFluxDeep(job.model).to(device)
+    ema = EMA(model, config.ema_decay)
+    sampler = None
+    if config.sample_every is not None and config.sample_prompts:
+        zoo = replace(job.zoo, device=str(device)).build(job.model)
+        zoo.load_vae()
+        zoo.load_t5()
+        zoo.load_clip()
+        sampler = Sampler(zoo, model, ema, device, config.dtype)
+    return Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler)
 
 
 def _finished(job: _Job) -> bool:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from tinyflux.errors import CheckpointError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.ema import EMA, check_tensors, cpu_copy
+from tinyflux.trainer.ema import check_tensors, read_shadow, save_shadow
 from tinyflux.util.config import from_dict, to_dict
 
 FORMAT_VERSION = 1
@@ -59,21 +59,23 @@ class TrainerState:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in memory; tensors are on the CPU."""
+    """A checkpoint in memory; tensors are whole and on the CPU."""
 
     path: Path
     model: dict[str, Tensor]
+    shadow: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: TrainerState
 
-    def load_model(self, model: TinyFluxDeep) -> None:
-        """Put the weights into ``model``; CheckpointError if they do not fit."""
-        check_tensors(model.state_dict(), self.model, f"checkpoint {self.path}")
-        model.load_state_dict(self.model)
+    def check(self, model: TinyFluxDeep) -> None:
+        """Refuse a whole ``model`` that the weights or the EMA do not fit; CheckpointError."""
+        for name, tensors in (("model", self.model), ("ema", self.shadow)):
+            where = f"checkpoint {self.path / f'{name}.safetensors'}"
+            check_tensors(model.state_dict(), tensors, where)
 
-    def load_ema(self, model: TinyFluxDeep) -> EMA:
-        """The EMA for ``model``; CheckpointError if it does not fit."""
-        return EMA.load(self.path / "ema.safetensors", model)
+    def load_model(self, model: TinyFluxDeep) -> None:
+        """Put the weights into ``model``, which fits."""
+        model.load_state_dict(self.model)
 
 
 @dataclass
@@ -82,30 +84,24 @@ class Contents:
 
     Attributes:
         model: whose config is written.
-        weights: the model's tensors, or copies of them.
+        weights: the model's whole tensors; ``shadow``: the EMA's.
         optimizer: as of :meth:`tinyflux.trainer.engine.Engine.optimizer_state`.
     """
 
     model: TinyFluxDeep
     weights: Mapping[str, Tensor]
-    ema: EMA
+    shadow: Mapping[str, Tensor]
+    ema_decay: float
     optimizer: Mapping[str, Tensor]
     state: TrainerState
 
-    @classmethod
-    def of(
-        cls, model: TinyFluxDeep, ema: EMA, optimizer: Mapping[str, Tensor], state: TrainerState
-    ) -> "Contents":
-        """The run's own tensors: write them before it goes on."""
-        return cls(model, model.state_dict(), ema, optimizer, state)
-
     def snapshot(self) -> "Contents":
         """Copies on the CPU, which stay as they are while the run goes on."""
-        return Contents(
-            model=self.model,
-            weights={name: cpu_copy(tensor) for name, tensor in self.weights.items()},
-            ema=self.ema.snapshot(),
-            optimizer={name: cpu_copy(tensor) for name, tensor in self.optimizer.items()},
+        return replace(
+            self,
+            weights=cpu_copies(self.weights),
+            shadow=cpu_copies(self.shadow),
+            optimizer=cpu_copies(self.optimizer),
             state=copy.deepcopy(self.state),
         )
 
@@ -121,7 +117,7 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: Contents) -> No
     try:
         partial.mkdir(parents=True)
         save_model(contents.model, partial, contents.weights)
-        contents.ema.save(partial / "ema.safetensors", dtype=torch.float32)
+        save_shadow(partial / "ema.safetensors", contents.shadow, contents.ema_decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / "optimizer.safetensors")
         (partial / STATE_FILE).write_text(json.dumps(to_dict(contents.state), indent=2))
         _flush(partial)
@@ -148,6 +144,7 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(
             path=directory,
             model=load_file(directory / "model.safetensors"),
+            shadow=read_shadow(directory / "ema.safetensors")[0],
             optimizer=load_file(directory / "optimizer.safetensors"),
             state=state,
         )
@@ -212,9 +209,18 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Those of a snapshot are it already: a second copy of them would be the largest of all.
     """
     return {
-        name: tensor if _stands_alone(tensor) else cpu_copy(tensor)
+        name: tensor if _stands_alone(tensor) else _cpu_copy(tensor)
         for name, tensor in tensors.items()
     }
+
+
+def cpu_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU that share no memory, also of tensors that are there."""
+    return {name: _cpu_copy(tensor) for name, tensor in tensors.items()}
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _stands_alone(tensor: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Exponential moving average of a model's weights."""
 
-import copy
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,9 +29,12 @@ class EMA:
 
     Trainable parameters are averaged; frozen parameters and buffers are kept equal to the model's.
     Names are the plain model's, whether it is compiled or wrapped.
+
+    In place of the model there may be tensors by name, all of which are averaged: one worker's
+    parts of the parameters. :meth:`apply_shadow` and the like need a model.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999):
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], decay: float = 0.9999):
         if not 0 <= decay < 1:
             raise ConfigError(f"the EMA's decay must be at least 0 and below 1, not {decay}")
         self.decay = decay
@@ -42,13 +45,14 @@ class EMA:
         self._backup: dict[str, Tensor] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Move the shadow towards the model's weights."""
         averaged: list[Tensor] = []
         weights: list[Tensor] = []
+        everything = isinstance(model, Mapping)
         for name, tensor in _tensors(model).items():
             shadow = self.shadow[name]
-            if tensor.requires_grad:
+            if everything or tensor.requires_grad:
                 averaged.append(shadow)
                 weights.append(tensor.detach().to(shadow.device, shadow.dtype))
             else:
@@ -100,19 +104,9 @@ class EMA:
         for name, shadow in self.shadow.items():
             shadow.copy_(state["shadow"][name])
 
-    def snapshot(self) -> "EMA":
-        """A copy on the CPU that later updates do not reach."""
-        twin = copy.copy(self)
-        twin.shadow = {name: cpu_copy(tensor) for name, tensor in self.shadow.items()}
-        return twin
-
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the shadow as safetensors in ``dtype`` (fp32 loses nothing)."""
-        tensors = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in self.shadow.items()
-        }
-        atomic_write(path, save(tensors, metadata={"ema": json.dumps({"decay": self.decay})}))
+        save_shadow(path, self.shadow, self.decay, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> "EMA":
@@ -121,23 +115,39 @@ class EMA:
         Raises:
             CheckpointError: a file that is missing, damaged or made for another model.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                shadow = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the EMA file {path}: {error}") from error
-        if "ema" not in metadata:
-            raise CheckpointError(f"{path} was not written by EMA.save: it holds no decay")
-        ema = cls(model, json.loads(metadata["ema"])["decay"])
+        shadow, decay = read_shadow(path)
+        ema = cls(model, decay)
         check_tensors(ema.shadow, shadow, str(path))
-        ema.load_state_dict({"decay": ema.decay, "shadow": shadow})
+        ema.load_state_dict({"decay": decay, "shadow": shadow})
         return ema
 
 
-def cpu_copy(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares no memory, also of a tensor that is there."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def save_shadow(
+    path: str | os.PathLike[str], shadow: Mapping[str, Tensor], decay: float, dtype: torch.dtype
+) -> None:
+    """Write an EMA's whole tensors as safetensors, floating ones in ``dtype``."""
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in shadow.items()
+    }
+    atomic_write(path, save(tensors, metadata={"ema": json.dumps({"decay": decay})}))
+
+
+def read_shadow(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], float]:
+    """The tensors and the decay in a file of :func:`save_shadow`.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shadow = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the EMA file {path}: {error}") from error
+    if "ema" not in metadata:
+        raise CheckpointError(f"{path} was not written by EMA.save: it holds no decay")
+    return shadow, json.loads(metadata["ema"])["decay"]
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
@@ -157,8 +167,10 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: 
         )
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters and persistent buffers by plain name."""
+    if isinstance(model, Mapping):
+        return model
     return {plain_name(name): t for name, t in model.state_dict(keep_vars=True).items()}
 
 

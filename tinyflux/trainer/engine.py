@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tinyflux.errors import CheckpointError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.sharding import gather, parts_of, rank_and_world
 
 
 class SkipCounter:
@@ -65,6 +66,21 @@ class Engine(Protocol):
     def average(self, values: Tensor) -> Tensor:
         """The mean of ``values`` over the workers."""
 
+    def shard(self) -> nn.Module | Mapping[str, Tensor]:
+        """This worker's part of the trainable weights as they are now, for its part of an EMA.
+
+        A lone worker's part may be the whole model.
+        """
+
+    def split(self, whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """This worker's part, as of :meth:`shard`, of whole tensors of the model's names."""
+
+    def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """Inverse of :meth:`split`, on rank 0; None on the others. Called by all workers."""
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        """The whole model's tensors, on rank 0; None on the others. Called by all workers."""
+
     def optimizer_state(self) -> dict[str, Tensor] | None:
         """The whole optimizer state as ``<parameter>/<key>``; called by all workers.
 
@@ -85,7 +101,7 @@ class TorchEngine:
         self._config = config
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
-        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._rank, self._world = rank_and_world()
         self.optimizer = build_optimizer(self._parameters, config)
         # A fused optimizer can skip a step by a flag on its device, so nothing has to wait.
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
@@ -129,8 +145,25 @@ class TorchEngine:
     def average(self, values: Tensor) -> Tensor:
         return average(values)
 
+    def shard(self) -> nn.Module | Mapping[str, Tensor]:
+        if self._world == 1:
+            return self.model
+        return parts_of(dict(zip(self._names, self._parameters, strict=True)), self._names)
+
+    def split(self, whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return whole if self._world == 1 else parts_of(whole, self._names)
+
+    def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        if self._world == 1:
+            return parts
+        shapes = {n: p.shape for n, p in zip(self._names, self._parameters, strict=True)}
+        return gather(parts, shapes)
+
+    def weights(self) -> Mapping[str, Tensor] | None:
+        return self.model.state_dict() if self._rank == 0 else None
+
     def optimizer_state(self) -> dict[str, Tensor] | None:
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if self._rank != 0:
             return None
         return flatten_state(self.optimizer, self._names, self._parameters)
 

@@ -5,7 +5,7 @@ batches come from.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +27,12 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
+from tinyflux.trainer.evaluation import Evaluations, Look
 from tinyflux.trainer.metrics import MetricLog
-from tinyflux.trainer.sampling import Sampler, image_grid
+from tinyflux.trainer.sampling import image_grid, sample_path, write_samples
+from tinyflux.trainer.sharding import rank_and_world
 from tinyflux.trainer.step import TrainBatch, training_loss
 from tinyflux.trainer.upload import Uploader
-from tinyflux.trainer.validation import HeldOut, validate
 from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import full_disk_ends_run
@@ -55,12 +56,14 @@ class StepData:
         micro_batches: this worker's share.
         samples_seen: samples of the run over all workers, these included.
         epoch: complete passes. epoch_batches: micro-batches of the pass under way.
+        size: samples of the step over all workers.
     """
 
     micro_batches: list[TrainBatch]
     samples_seen: int
     epoch: int
     epoch_batches: int
+    size: int
 
 
 class TrainLoop:
@@ -68,10 +71,10 @@ class TrainLoop:
 
     Args:
         state: where the run stands; kept current.
-        ema: on the main worker; None on the others.
+        ema: this worker's part of it: one of ``engine.shard()``.
         paths: where the main worker writes; None on the others, which write nothing.
         null_text, t_buckets: see :func:`tinyflux.trainer.step.training_loss`.
-        held_out: samples to validate on. sampler: draws ``config.sample_prompts``.
+        evaluations: on the main worker; without it nothing is validated or drawn.
     """
 
     def __init__(
@@ -79,15 +82,15 @@ class TrainLoop:
         engine: Engine,
         config: TrainerConfig,
         state: TrainerState,
-        ema: EMA | None,
+        ema: EMA,
         paths: RunPaths | None,
         null_text: tuple[Tensor, Tensor] | None,
         t_buckets: Tensor,
-        held_out: HeldOut | None = None,
-        sampler: Sampler | None = None,
+        evaluations: Evaluations | None = None,
     ):
         self.engine, self.config, self.state, self.ema = engine, config, state, ema
-        self.paths, self.held_out, self.sampler = paths, held_out, sampler
+        self.paths, self.evaluations = paths, evaluations
+        self._world = rank_and_world()[1]
         self.t_buckets = t_buckets.to(engine.device)
         self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
         self._log: MetricLog | None = None
@@ -137,10 +140,13 @@ class TrainLoop:
 
     def _train(self, data: Iterable[StepData]) -> None:
         self.engine.model.train()
-        if self.state.step == 0 and self.config.validate_every is not None:
-            self._validate()
+        begun = False
         started = time.perf_counter()
         for item in data:
+            self._grid = item.micro_batches[0].grid
+            if not begun:
+                begun = True
+                self._evaluate_if_missing()
             if self._writer is not None:
                 self._writer.check()
             ready = time.perf_counter()
@@ -152,12 +158,11 @@ class TrainLoop:
             if self.state.step >= self.config.total_steps:
                 break
             started = time.perf_counter()
+        self._take_evaluations(wait=True)
 
     def _step(self, item: StepData) -> Tensor:
         """One optimizer step; the gradient's norm."""
-        size = sum(len(batch) for batch in item.micro_batches)
         losses = torch.zeros(4, device=self.engine.device)
-        self._grid = item.micro_batches[0].grid
         for index, batch in enumerate(item.micro_batches):
             loss = training_loss(
                 self.engine.model,
@@ -168,16 +173,15 @@ class TrainLoop:
                 self.t_buckets,
                 velocity=self.engine.forward,
             )
-            # The mean over the global batch, however it is cut.
-            share = len(batch) / size
+            # The mean over the global batch, however it is cut: workers are averaged afterwards.
+            share = len(batch) * self._world / item.size
             self.engine.backward(loss.total * share, last=index + 1 == len(item.micro_batches))
             losses += loss.stack() * share
         norm = self.engine.step(self.config.lr_at(self.state.step))
         # A skipped step is no part of the means.
         taken = norm.isfinite()
         self._sums += torch.cat([torch.where(taken, losses, 0.0), taken.reshape(1).float()])
-        if self.ema is not None:
-            self.ema.update(self.engine.model)
+        self.ema.update(self.engine.shard())
         return norm
 
     def _after_step(self, item: StepData, norm: Tensor) -> None:
@@ -202,10 +206,11 @@ class TrainLoop:
             upload = _due(state.epoch, config.upload_every_epochs)
             if upload or _due(state.epoch, config.save_every_epochs):
                 self._save("epoch", upload)
-        if _due(state.step, config.validate_every) or (last and config.validate_every):
-            self._validate()
-        if config.sample_prompts and (_due(state.step, config.sample_every)):
-            self._sample()
+        validate = config.validate_every is not None and (
+            last or _due(state.step, config.validate_every)
+        )
+        self._evaluate(validate, _due(state.step, config.sample_every))
+        self._take_evaluations()
 
     def _report(self, norm: Tensor) -> None:
         """Log the mean losses since the last report; the one place that waits for the device."""
@@ -258,7 +263,8 @@ class TrainLoop:
         if self._writer is not None:
             self._writer.wait()  # before the next copies are made, so that there is one set
         optimizer = self.engine.optimizer_state()
-        if self.paths is None or self.ema is None or optimizer is None:
+        weights, shadow = self.whole_weights()
+        if self.paths is None or optimizer is None or weights is None or shadow is None:
             return
         root = self.paths.checkpoints
         if kind == "step":
@@ -266,51 +272,64 @@ class TrainLoop:
         else:
             path, keep = epoch_directory(root, self.state.epoch), self.config.keep_last_n_epochs
         state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
-        contents = Contents.of(self.engine.model, self.ema, optimizer, state)
+        contents = Contents(self.engine.model, weights, shadow, self.ema.decay, optimizer, state)
         uploader = self._uploader if upload else None
         if self._writer is None:
             _write(path, contents, kind, keep, uploader)
         else:
             self._writer.submit(partial(_write, path, contents.snapshot(), kind, keep, uploader))
 
-    def _validate(self) -> None:
-        if self._log is None or self.held_out is None or not self.held_out.batches:
-            return
-        values = validate(
-            self.engine.model,
-            self.held_out,
-            self.config,
-            self.t_buckets,
-            self.ema,
-            velocity=self.engine.forward,
-        )
-        self._log.write(self.state.step, values)
-        print(
-            f"step {self.state.step}  held out: "
-            + "  ".join(
-                f"{name.removeprefix('val_')} {value:.4f}" for name, value in values.items()
-            ),
-            flush=True,
-        )
+    def whole_weights(self) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor] | None]:
+        """The whole weights and the whole EMA, on rank 0; called by all workers."""
+        weights, averaged = self.engine.weights(), self.engine.gather(self.ema.shadow)
+        if weights is None or averaged is None:
+            return None, None
+        # What is not trained is in no worker's part of the EMA.
+        return weights, {**weights, **averaged}
 
-    def _sample(self) -> None:
-        if self._log is None or self.paths is None or self.sampler is None:
+    def _evaluate_if_missing(self) -> None:
+        """Look at the first weights, or at those of a step whose figures were lost with a kill."""
+        config, step = self.config, self.state.step
+        validate = config.validate_every is not None and step % config.validate_every == 0
+        draw = _due(step, config.sample_every)
+        if self._log is not None:
+            validate = validate and not self._log.has(step, "val_velocity")
+            draw = draw and not sample_path(self._samples_dir(), step).exists()
+        # Only the main worker knows, and all must take part.
+        known = torch.tensor([validate, draw], dtype=torch.float32, device=self.engine.device)
+        known *= 1.0 if self.paths is not None else 0.0
+        validate, draw = (self.engine.average(known) > 0).tolist()
+        self._evaluate(validate, draw)
+        self._take_evaluations()
+
+    def _evaluate(self, validate: bool, draw: bool) -> None:
+        """Have the weights looked at; all workers take part."""
+        draw = draw and bool(self.config.sample_prompts)
+        if not (validate or draw):
             return
-        config = self.config
-        images = self.sampler.generate(
-            config.sample_prompts,
-            num_steps=config.sample_steps,
-            guidance_scale=config.sample_guidance,
-            height=config.sample_height or self._grid[0],
-            width=config.sample_width or self._grid[1],
-            seed=config.sample_seed,
-            negative_prompt="",
-        )
-        path = self.sampler.save_samples(
-            images, config.sample_prompts, str(self.paths.samples), self.state.step
-        )
-        self._log.picture(self.state.step, "samples", image_grid(images))
-        print(f"step {self.state.step}  samples: {path}", flush=True)
+        weights, shadow = self.whole_weights()
+        if self.evaluations is None or weights is None or shadow is None:
+            return
+        self.evaluations.submit(Look(self.state.step, validate, draw, self._grid), weights, shadow)
+
+    def _take_evaluations(self, wait: bool = False) -> None:
+        """Log what has been found."""
+        if self.evaluations is None or self._log is None:
+            return
+        for found in self.evaluations.take(wait):
+            if found.values:
+                self._log.write(found.step, found.values)
+                values = (f"{n.removeprefix('val_')} {v:.4f}" for n, v in found.values.items())
+                print(f"step {found.step}  held out: {'  '.join(values)}", flush=True)
+            if found.images is not None:
+                prompts, directory = self.config.sample_prompts, self._samples_dir()
+                path = write_samples(found.images, prompts, directory, found.step)
+                self._log.picture(found.step, "samples", image_grid(found.images))
+                print(f"step {found.step}  samples: {path}", flush=True)
+
+    def _samples_dir(self) -> Path:
+        assert self.paths is not None
+        return self.paths.samples
 
 
 def _write(path: Path, contents: Contents, kind: str, keep: int, uploader: Uploader | None) -> None:

@@ -27,8 +27,13 @@ class MetricLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
         atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._known = {(record["step"], name) for record in kept for name in record}
         self._file: TextIO = path.open("a", buffering=1)
         self._board = _board(tensorboard_dir, step)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether an earlier part of the run recorded ``name`` at ``step``."""
+        return (step, name) in self._known
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One record, in which null is a number that is not finite; also for TensorBoard."""

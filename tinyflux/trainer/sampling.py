@@ -6,6 +6,7 @@ encoders, the VAE and the seeds.
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,19 +203,7 @@ class Sampler:
         Returns:
             The path of the PNG, ``samples.png`` or ``step_00001000.png``.
         """
-        if images.shape[0] != len(prompts):
-            raise InputError(f"{images.shape[0]} images do not fit {len(prompts)} prompts")
-        directory = Path(output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / ("samples.png" if step is None else f"step_{step:08d}.png")
-        grid = image_grid(images)
-        png = io.BytesIO()
-        grid.save(png, format="PNG")
-        columns = grid_columns(len(prompts))
-        record = {"step": step, "columns": columns, "prompts": list(prompts)}
-        atomic_write(path.with_suffix(".json"), json.dumps(record, indent=2).encode())
-        atomic_write(path, png.getvalue())
-        return str(path)
+        return write_samples(images, prompts, output_dir, step)
 
     def _encode(self, prompts: list[str]) -> TextCondition:
         empty = not prompts[0].strip()
@@ -244,6 +233,30 @@ class Sampler:
                     ema.restore(self.model)
         finally:
             self.model.train(training)
+
+
+def write_samples(
+    images: Tensor, prompts: Sequence[str], output_dir: str | os.PathLike[str], step: int | None
+) -> str:
+    """See :meth:`Sampler.save_samples`."""
+    if images.shape[0] != len(prompts):
+        raise InputError(f"{images.shape[0]} images do not fit {len(prompts)} prompts")
+    directory = Path(output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = sample_path(directory, step)
+    grid = image_grid(images)
+    png = io.BytesIO()
+    grid.save(png, format="PNG")
+    columns = grid_columns(len(prompts))
+    record = {"step": step, "columns": columns, "prompts": list(prompts)}
+    atomic_write(path.with_suffix(".json"), json.dumps(record, indent=2).encode())
+    atomic_write(path, png.getvalue())
+    return str(path)
+
+
+def sample_path(directory: Path, step: int | None) -> Path:
+    """``step_00001000.png``, or ``samples.png`` without a step."""
+    return directory / ("samples.png" if step is None else f"step_{step:08d}.png")
 
 
 def grid_columns(count: int) -> int:

@@ -15,6 +15,7 @@ from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint,
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
+from tinyflux.trainer.evaluation import Evaluator, Within
 from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
@@ -93,6 +94,7 @@ class Trainer:
             null_text = (t5[0], pooled[0])
         self._dataloader, self._cache = dataloader, cache
         t_buckets = getattr(cache, "t_buckets", None)
+        buckets = default_buckets() if t_buckets is None else t_buckets
         config = self.config
         self._loop = TrainLoop(
             self._engine,
@@ -106,9 +108,8 @@ class Trainer:
                 metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
             ),
             null_text,
-            default_buckets() if t_buckets is None else t_buckets,
-            held_out,
-            sampler,
+            buckets,
+            Within(Evaluator(self.model, self._ema, config, buckets, held_out, sampler)),
         )
 
     def train(self, epochs: int = 1) -> None:
@@ -131,7 +132,10 @@ class Trainer:
         """Write a checkpoint directory; see ``tinyflux.trainer.checkpoint``."""
         state = replace(self._state, seed=self.config.seed, trainer=to_dict(self.config))
         optimizer = self._engine.optimizer_state() or {}
-        save_checkpoint(path, Contents.of(self.model, self._ema, optimizer, state))
+        weights, shadow = self.model.state_dict(), self._ema.shadow
+        save_checkpoint(
+            path, Contents(self.model, weights, shadow, self._ema.decay, optimizer, state)
+        )
 
     def load_checkpoint(self, path: str) -> None:
         """Continue from a checkpoint directory, of this class or of a Ray run.
@@ -141,9 +145,9 @@ class Trainer:
                 then.
         """
         checkpoint = load_checkpoint(path)
-        ema = checkpoint.load_ema(self.model)
+        checkpoint.check(self.model)
         checkpoint.load_model(self.model)
-        self._ema.load_state_dict({**ema.state_dict(), "decay": self.config.ema_decay})
+        self._ema.load_state_dict({"decay": self.config.ema_decay, "shadow": checkpoint.shadow})
         self._engine.load_optimizer_state(checkpoint.optimizer)
         if checkpoint.state.seed != self.config.seed:
             logger.warning(
@@ -167,7 +171,8 @@ class Trainer:
                 group.append(self._batch(raw, torch.arange(seen, seen + size)))
                 seen += size
                 if last or len(group) == self.config.gradient_accumulation:
-                    yield StepData(group, seen, epoch + last, 0 if last else count)
+                    total = sum(map(len, group))
+                    yield StepData(group, seen, epoch + last, 0 if last else count, total)
                     group = []
             skip = 0
 

@@ -1,0 +1,101 @@
+"""Evaluations beside training: a process of its own looks at copies of the weights."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from tinyflux.model.zoo import resolve_device
+from tinyflux.trainer.evaluation import Evaluation, Evaluator, Look
+
+logger = logging.getLogger(__name__)
+
+
+class Beside:
+    """Has an actor look at the weights while training goes on.
+
+    One look is under way at a time: the next waits for it, so that what is asked for cannot pile
+    up. The actor is made anew if its node dies, and asked again.
+
+    Args:
+        make: builds the evaluator, there.
+        gpus: share of a GPU for the actor; 0 leaves it on the CPU.
+        threads: of torch, there.
+
+    Raises:
+        TinyFluxError: what ``make`` raised: a model that is missing must not end a run later.
+    """
+
+    def __init__(self, make: Callable[[torch.device], Evaluator], gpus: float, threads: int):
+        # No CPU of its own: on a small machine the workers have taken all there are.
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        self._actor = ray.remote(**options)(_Actor).remote(make, gpus > 0, threads)
+        self._asked: list[tuple[int, Any]] = []
+        self._done: list[Evaluation] = []
+        try:
+            ray.get(self._actor.load.remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+    def submit(
+        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+    ) -> None:
+        """Copy the tensors and have them looked at."""
+        before = self.take(wait=True)
+        self._done += before
+        answer = self._actor.look.remote(look, _arrays(weights), _arrays(shadow))
+        self._asked.append((look.step, answer))
+
+    def take(self, wait: bool = False) -> list[Evaluation]:
+        """See :class:`tinyflux.trainer.evaluation.Evaluations`."""
+        done, self._done = self._done, []
+        while self._asked:
+            step, answer = self._asked[0]
+            if not wait and not ray.wait([answer], timeout=0)[0]:
+                break
+            del self._asked[0]
+            try:
+                done.append(ray.get(answer))
+            except ray.exceptions.RayError as error:
+                # Training is worth more than one figure.
+                reason = str(error).strip().splitlines()[-1]
+                logger.warning("the weights of step %d could not be looked at: %s", step, reason)
+        return done
+
+
+class _Actor:
+    """The process beside training."""
+
+    def __init__(self, make: Callable[[torch.device], Evaluator], gpu: bool, threads: int):
+        torch.set_num_threads(threads)
+        self._make, self._device = make, resolve_device("cuda" if gpu else "cpu")
+        self._evaluator: Evaluator | None = None
+
+    def load(self) -> None:
+        """Build the evaluator, where it can raise what a caller understands."""
+        self._evaluator = self._make(self._device)
+
+    def look(
+        self, look: Look, weights: Mapping[str, np.ndarray], shadow: Mapping[str, np.ndarray]
+    ) -> Evaluation:
+        """Look at these weights."""
+        if self._evaluator is None:  # the actor was made anew
+            self.load()
+        evaluator = self._evaluator
+        assert evaluator is not None
+        evaluator.model.load_state_dict({n: torch.as_tensor(a) for n, a in weights.items()})
+        averaged = {name: torch.as_tensor(array) for name, array in shadow.items()}
+        evaluator.ema.load_state_dict({"decay": evaluator.ema.decay, "shadow": averaged})
+        found = evaluator.look(look)
+        images = None if found.images is None else found.images.cpu()
+        return replace(found, images=images)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """As Ray copies them without pickling their bytes."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}

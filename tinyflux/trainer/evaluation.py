@@ -1,0 +1,120 @@
+"""Looking at a run while it goes on: held-out losses and pictures of fixed prompts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import autocast
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.validation import HeldOut, validate
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to look at.
+
+    Attributes:
+        step: optimizer steps done.
+        validate: whether to take held-out losses; draw: whether to draw the prompts.
+        grid: ``(H, W)`` of the training data's latents, for pictures whose size is not configured.
+    """
+
+    step: int
+    validate: bool
+    draw: bool
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        values: as of :func:`tinyflux.trainer.validation.validate`; empty if not asked for.
+        images: ``[B, 3, H, W]`` in [0, 1], one for each of the config's prompts; or None.
+    """
+
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    images: Tensor | None = None
+
+
+class Evaluations(Protocol):
+    """Where a training loop has its weights looked at."""
+
+    def submit(
+        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+    ) -> None:
+        """Look at these whole tensors, the model's and the EMA's; they may change afterwards."""
+
+    def take(self, wait: bool = False) -> list[Evaluation]:
+        """What has been found since the last call, in order; with ``wait`` all that was asked."""
+
+
+class Evaluator:
+    """Looks at a model and its EMA.
+
+    Args:
+        held_out: samples to validate on, or None.
+        sampler: draws ``config.sample_prompts`` with the EMA's weights, or None.
+    """
+
+    def __init__(
+        self,
+        model: TinyFluxDeep,
+        ema: EMA,
+        config: TrainerConfig,
+        t_buckets: Tensor,
+        held_out: HeldOut | None,
+        sampler: Sampler | None,
+    ):
+        self.model, self.ema, self.config = model, ema, config
+        self._device = next(model.parameters()).device
+        self._t_buckets = t_buckets.to(self._device)
+        self._held_out, self._sampler = held_out, sampler
+
+    def look(self, look: Look) -> Evaluation:
+        """Neither the weights nor any random state are changed."""
+        values: dict[str, float] = {}
+        if look.validate and self._held_out is not None and self._held_out.batches:
+            with autocast(self._device, self.config.dtype):
+                values = validate(
+                    self.model, self._held_out, self.config, self._t_buckets, self.ema
+                )
+        return Evaluation(look.step, values, self._draw(look.grid) if look.draw else None)
+
+    def _draw(self, grid: tuple[int, int]) -> Tensor | None:
+        config = self.config
+        if self._sampler is None or not config.sample_prompts:
+            return None
+        return self._sampler.generate(
+            config.sample_prompts,
+            num_steps=config.sample_steps,
+            guidance_scale=config.sample_guidance,
+            height=config.sample_height or grid[0],
+            width=config.sample_width or grid[1],
+            seed=config.sample_seed,
+            negative_prompt="",
+        )
+
+
+class Within:
+    """Evaluations in the training process, on its own model and EMA, while training waits."""
+
+    def __init__(self, evaluator: Evaluator):
+        self._evaluator = evaluator
+        self._done: list[Evaluation] = []
+
+    def submit(
+        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+    ) -> None:
+        self._done.append(self._evaluator.look(look))
+
+    def take(self, wait: bool = False) -> list[Evaluation]:
+        done, self._done = self._done, []
+        return done
