@@ -16,6 +16,7 @@ from tinyflux.trainer.schedules import (
     get_sol_weight,
     linear_decay,
     sample_timesteps,
+    shift_at,
     warmup,
 )
 
@@ -112,3 +113,11 @@ def test_learning_rate_moves_from_the_first_step_to_the_floor():
 def test_impossible_settings_are_refused(setting, sentence):
     with pytest.raises(ConfigError, match=sentence):
         TrainerConfig(**setting)
+
+
+def test_four_times_the_tokens_shift_the_noise_level_by_two():
+    t = torch.linspace(0.01, 0.99, 50)
+    assert shift_at(3.0, 1024, None) == shift_at(3.0, 1024, 1024) == 3.0
+    small = 1 - flux_shift(t, shift_at(3.0, 256, 256))  # noise levels
+    large = 1 - flux_shift(t, shift_at(3.0, 1024, 256))
+    torch.testing.assert_close(large, 2 * small / (1 + small))

@@ -101,6 +101,12 @@ class WorkersConfig:
             raise ConfigError(
                 f"workers.evaluator_gpus must be 0 or more, not {self.evaluator_gpus}"
             )
+        if self.use_gpu and self.min_workers is not None and 0 < self.evaluator_gpus < 1:
+            # Ray Train counts by whole GPUs how many workers fit.
+            raise ConfigError(
+                "with workers.min_workers the evaluator cannot share a worker's GPU: set "
+                "workers.evaluator_gpus to 1, or to 0 for the CPU"
+            )
         if self.offload and self.engine != "deepspeed":
             raise ConfigError("workers.offload needs workers.engine 'deepspeed'")
 

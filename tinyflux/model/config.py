@@ -51,6 +51,8 @@ class TinyFluxConfig:
             ``"encoder"``, T5's outputs there, as published checkpoints were trained.
         latent_shift: the shift taken off VAE latents before scaling.
         timestep_shift: the sampler's time shift (see ``trainer.schedules.flux_shift``).
+        timestep_shift_tokens: the picture's latents (height x width) at which it holds, if it
+            depends on the size (see ``trainer.schedules.shift_at``); None: it does not.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -90,6 +92,7 @@ class TinyFluxConfig:
     text_padding: str = "zero"
     latent_shift: float = 0.1159
     timestep_shift: float = 3.0
+    timestep_shift_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.t5_layers = tuple(self.t5_layers)
@@ -150,6 +153,10 @@ class TinyFluxConfig:
             )
         if self.timestep_shift <= 0 or self.theta <= 0:
             raise ConfigError("model.timestep_shift and model.theta must be above 0")
+        if self.timestep_shift_tokens is not None and self.timestep_shift_tokens < 1:
+            raise ConfigError(
+                f"model.timestep_shift_tokens must be 1 or more, not {self.timestep_shift_tokens}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; :meth:`from_dict` gives an equal config."""

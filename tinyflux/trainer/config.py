@@ -107,6 +107,7 @@ class TrainerConfig:
     sample_seed: int = 0
     sample_height: int | None = None  # latent rows; None: those of the training data
     sample_width: int | None = None
+    shift_tokens: int | None = None  # latents of a picture at which `shift` holds; None: of all
     async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
     max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
 
@@ -128,7 +129,13 @@ class TrainerConfig:
                 )
         for name in ("gradient_accumulation", "total_steps", "log_every", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("sample_steps", "max_nonfinite_steps", "sample_height", "sample_width"):
+        for name in (
+            "sample_steps",
+            "max_nonfinite_steps",
+            "sample_height",
+            "sample_width",
+            "shift_tokens",
+        ):
             self._require(
                 name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more"
             )

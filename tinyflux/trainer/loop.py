@@ -260,6 +260,8 @@ class TrainLoop:
 
         With a writer only the copies are made here; the rest happens in its thread.
         """
+        # A run that continues from here looks at this step's weights again, but at no earlier ones.
+        self._take_evaluations(wait=True)
         if self._writer is not None:
             self._writer.wait()  # before the next copies are made, so that there is one set
         optimizer = self.engine.optimizer_state()

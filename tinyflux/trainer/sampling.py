@@ -21,7 +21,7 @@ from torch import Tensor
 from tinyflux.errors import InputError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.schedules import flux_shift
+from tinyflux.trainer.schedules import flux_shift, shift_at
 from tinyflux.trainer.step import latents_of, tokens
 from tinyflux.util.files import atomic_write
 from tinyflux.util.seeding import randn_for
@@ -181,7 +181,8 @@ class Sampler:
             uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
         config = self.model.config
         x = initial_noise(seeds, config.in_channels, height, width).to(self.device)
-        times = sample_grid(num_steps, config.timestep_shift).to(self.device)
+        shift = shift_at(config.timestep_shift, height * width, config.timestep_shift_tokens)
+        times = sample_grid(num_steps, shift).to(self.device)
         with self._inference_weights(use_ema):
             for step in range(num_steps):
                 t, t_next = times[step].expand(len(prompts)), times[step + 1]

@@ -55,6 +55,16 @@ def flux_shift(t: Tensor, shift: float = 3.0) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def shift_at(shift: float, tokens: int, shift_tokens: int | None) -> float:
+    """The shift for pictures of ``tokens`` latents when ``shift`` is that of ``shift_tokens``.
+
+    Larger pictures need more noise to lose as much (Esser et al. 2024, arXiv:2403.03206, eq. 23):
+    the noise level is shifted by ``sqrt(tokens / shift_tokens)`` more. Time here counts from noise,
+    so the shift of a time is divided by it. None keeps one shift for all sizes.
+    """
+    return shift if shift_tokens is None else shift * math.sqrt(shift_tokens / tokens)
+
+
 def flux_unshift(t: Tensor, shift: float = 3.0) -> Tensor:
     """Inverse of :func:`flux_shift`: ``t = t' / (s - (s - 1) * t')``."""
     return t / (shift - (shift - 1) * t)

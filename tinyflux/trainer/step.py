@@ -4,6 +4,7 @@ Every random number of a sample comes from (seed, its global position in the run
 batch is therefore trained in the same way on any number of workers and micro-batches.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -21,7 +22,12 @@ from tinyflux.trainer.losses import (
     compute_sol_loss,
     min_snr_weight,
 )
-from tinyflux.trainer.schedules import get_lune_weight, get_sol_weight, timesteps_from_normal
+from tinyflux.trainer.schedules import (
+    get_lune_weight,
+    get_sol_weight,
+    shift_at,
+    timesteps_from_normal,
+)
 from tinyflux.util.buckets import interpolate_buckets
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import generator, randn_for
@@ -189,7 +195,7 @@ def training_loss(
     draws = Draws.at(config.seed, batch.positions, tuple(batch.latents.shape[1:]))
     t = timesteps_from_normal(
         draws.normal,
-        shift=config.shift,
+        shift=shift_at(config.shift, math.prod(batch.grid), config.shift_tokens),
         logit_normal=config.logit_normal_sampling,
         logit_mean=config.logit_mean,
         logit_std=config.logit_std,

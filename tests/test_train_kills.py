@@ -1,0 +1,181 @@
+"""Training through the deaths of its processes and of a node."""
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ray_head import running_cluster, wait_for
+from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.sources import DataConfig
+from tinyflux.config import RunConfig
+from tinyflux.distributed.train import WorkersConfig
+from tinyflux.trainer.checkpoint import latest_checkpoint, read_state
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.metrics import read_metrics
+from tinyflux.util.config import to_dict
+
+pytestmark = pytest.mark.slow
+KILLS, EVERY, STEPS = 10, 5, 100
+JOB = """
+import json, sys
+from tinyflux.config import RunConfig
+from tinyflux.distributed.train import train
+from tinyflux.util.config import from_dict
+train(from_dict(RunConfig, json.loads(sys.argv[1]), "test"))
+"""
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What to train, on a small cache of random models."""
+    folder = tmp_path_factory.mktemp("kills")
+    captions = [f"{size} {caption}" for size in ("small", "large") for caption in CAPTIONS]
+    write_pictures(folder / "pictures", captions)
+    zoo, model = zoo_config(make_world(folder / "world")), student_config()
+    data = DataConfig(str(folder / "pictures"), height=16, width=16)
+    cache = CacheConfig(str(folder / "cache"))
+    configs = BuildConfigs(data, zoo, cache, model)
+    build(configs, LocalRunner(configs))
+    trainer = TrainerConfig(
+        learning_rate=1e-3,
+        warmup_steps=2,
+        gradient_accumulation=1,
+        batch_size=6,
+        total_steps=STEPS,
+        ema_decay=0.9,
+        save_every_steps=EVERY,
+        validate_every=2 * EVERY,
+        sample_every=None,
+        log_every=1,
+        val_fraction=0.2,
+        dtype=torch.float32,
+    )
+    workers = WorkersConfig(num_workers=2, cpus_per_worker=0.5, max_failures=-1)
+    return RunConfig(
+        run_dir=str(folder / "straight"), data=data, zoo=zoo, cache=cache, model=model,
+        trainer=trainer, workers=workers,
+    )  # fmt: skip
+
+
+def start(run, environment):
+    log = Path(run.run_dir).with_suffix(".log").open("a")
+    return subprocess.Popen(
+        [sys.executable, "-c", JOB, json.dumps(to_dict(run))],
+        env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(run, environment):
+    assert start(run, environment).wait(timeout=300) == 0, log_of(run)
+
+
+def log_of(run):
+    return Path(run.run_dir).with_suffix(".log").read_text()[-5000:]
+
+
+def final(run):
+    return load_file(Path(run.run_dir) / "final" / "model.safetensors")
+
+
+def saved(run):
+    path = latest_checkpoint(Path(run.run_dir) / "checkpoints")
+    return 0 if path is None else read_state(path).step
+
+
+@pytest.fixture(scope="module")
+def straight(run, head):
+    finish(run, head.environment)
+    return run
+
+
+def test_ten_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
+    chance = random.Random(7)
+    killed = replace(straight, run_dir=f"{straight.run_dir}-killed")
+    driver, victims = start(killed, head.environment), []
+    while len(victims) < KILLS:
+        # Each life gets at least one checkpoint further, so the ten deaths are ten places.
+        before = saved(killed)
+        deadline = time.monotonic() + 240
+        while saved(killed) <= before and driver.poll() is None:
+            assert time.monotonic() < deadline, log_of(killed)
+            time.sleep(0.1)
+        assert driver.poll() is None, log_of(killed)
+        time.sleep(chance.uniform(0, 0.3))
+        if chance.random() < 0.2:
+            driver.kill()
+            driver.wait()
+            # Its workers end with it; the next ones must not meet them.
+            wait_for(lambda: not head.processes(b"RayTrainWorker"), 60)
+            victims.append("driver")
+            driver = start(killed, head.environment)
+        else:
+            title = chance.choice([b"RayTrainWorker", b"RayTrainWorker", b"Actor"])
+            pids = head.processes(title)
+            if pids:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                victims.append(title.decode())
+    assert driver.wait(timeout=300) == 0, log_of(killed)
+    assert len(set(victims)) > 1
+    first, second = final(straight), final(killed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures(killed) == figures(straight)
+
+
+def figures(run):
+    """Every recorded loss by step and name."""
+    found = {}
+    for record in read_metrics(Path(run.run_dir) / "metrics.jsonl"):
+        for name, value in record.items():
+            if name.startswith(("loss", "val_")):
+                assert (record["step"], name) not in found
+                found[record["step"], name] = value
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_goes_on_with_fewer_workers_when_a_node_is_lost(straight, head, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    for name, value in head.environment.items():
+        if name.startswith("RAY_") and name != "RAY_ADDRESS":
+            monkeypatch.setenv(name, value)
+    workers = WorkersConfig(num_workers=2, min_workers=1, max_failures=-1)
+    shrunk = replace(straight, run_dir=f"{straight.run_dir}-shrunk", workers=workers)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        driver = start(shrunk, {**head.environment, "RAY_ADDRESS": cluster.address})
+        wait_for(lambda: saved(shrunk) >= EVERY, 240)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        assert driver.wait(timeout=300) == 0, log_of(shrunk)
+    finally:
+        cluster.shutdown()
+        del cluster, nodes
+        gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
+    log = Path(shrunk.run_dir).with_suffix(".log").read_text()
+    assert "worker group of size 2" in log
+    assert "worker group of size 1" in log
+    first, second = final(straight), final(shrunk)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-5)
