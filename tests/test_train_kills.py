@@ -48,7 +48,7 @@ def head(tmp_path_factory):
 def run(tmp_path_factory):
     """What to train, on a small cache of random models."""
     folder = tmp_path_factory.mktemp("kills")
-    captions = [f"{size} {caption}" for size in ("small", "large") for caption in CAPTIONS]
+    captions = [*CAPTIONS, *CAPTIONS, *CAPTIONS]
     write_pictures(folder / "pictures", captions)
     zoo, model = zoo_config(make_world(folder / "world")), student_config()
     data = DataConfig(str(folder / "pictures"), height=16, width=16)
@@ -77,15 +77,19 @@ def run(tmp_path_factory):
 
 
 def start(run, environment):
-    log = Path(run.run_dir).with_suffix(".log").open("a")
-    return subprocess.Popen(
-        [sys.executable, "-c", JOB, json.dumps(to_dict(run))],
-        env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with Path(run.run_dir).with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", JOB, json.dumps(to_dict(run))],
+            env=environment, cwd=Path(__file__).parents[1], stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 def finish(run, environment):
-    assert start(run, environment).wait(timeout=300) == 0, log_of(run)
+    driver = start(run, environment)
+    try:
+        assert driver.wait(timeout=300) == 0, log_of(run)
+    finally:
+        driver.kill()
 
 
 def log_of(run):

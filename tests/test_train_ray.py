@@ -194,10 +194,14 @@ def replace_total(run, steps):
 
 
 def test_user_errors_are_one_sentence_wherever_they_are_found(make_run, monkeypatch, tmp_path):
-    with pytest.raises(ConfigError, match=r"must be a multiple of .* 2 \* 3 = 6"):
-        train(make_run(gradient_accumulation=3))
-    with pytest.raises(ConfigError, match="stage 3"):
-        train(make_run(workers={"zero_stage": 3}))
+    with pytest.raises(ConfigError, match=r"must be at least .* 2 \* 5 = 10"):
+        train(make_run(gradient_accumulation=5))
+    with pytest.raises(ConfigError, match="zero_stage must be 0, 1, 2 or 3, not 4"):
+        train(make_run(workers={"zero_stage": 4}))
+    with pytest.raises(ConfigError, match="min_workers must be from 1 to"):
+        make_run(workers={"min_workers": 3})
+    with pytest.raises(ConfigError, match="cannot share a worker's GPU"):
+        make_run(workers={"use_gpu": True, "min_workers": 1})
     run = make_run()
     run.cache.path = str(tmp_path / "nowhere")
     with pytest.raises(CacheError, match="nowhere"):

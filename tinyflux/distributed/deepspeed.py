@@ -33,6 +33,9 @@ from tinyflux.trainer.sharding import (
 
 # What AdamW keeps for each element of a weight.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Elements: 128 MiB in fp32, enough to keep a fast network busy.
+LARGEST_BUCKET = 2**25
+ALIGNMENT = 2**12  # DeepSpeed wants buffers of a multiple of 2, networks more
 
 
 def check_zero(config: TrainerConfig, zero_stage: int, offload: bool = False) -> None:
@@ -108,12 +111,26 @@ class DeepSpeedEngine:
                 "stage": self._stage,
                 "overlap_comm": self.device.type == "cuda",
                 "contiguous_gradients": True,
+                **self._buckets(),
                 **({"offload_optimizer": {"device": "cpu"}} if self._offload else {}),
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
+
+    def _buckets(self) -> dict[str, int]:
+        """Sizes of DeepSpeed's buffers, in elements.
+
+        Its own defaults are made for models a hundred times larger: each buffer would hold all of
+        this one, and ZeRO-3 would never let go of a weight.
+        """
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        bucket = max(*sizes, min(LARGEST_BUCKET, sum(sizes) // 8))
+        bucket = -(-bucket // ALIGNMENT) * ALIGNMENT
+        sizes_of = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+        live = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+        return {**dict.fromkeys(sizes_of, bucket), **dict.fromkeys(live, 2 * bucket)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
