@@ -34,5 +34,17 @@ class TrainingError(TinyFluxError, RuntimeError):
     """A run that cannot go on, such as one whose loss stays non-finite."""
 
 
+class OverloadedError(TinyFluxError, RuntimeError):
+    """More work than a server has room for.
+
+    Attributes:
+        retry_after: seconds after which there may be room.
+    """
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class MissingDependencyError(TinyFluxError, ImportError):
     """An optional package that the requested feature needs."""
