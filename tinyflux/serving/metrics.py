@@ -1,10 +1,14 @@
 """The server's figures for Prometheus, through Ray's metrics agents; docs/serving.md lists them."""
 
+import time
+from collections.abc import Callable
 from math import ceil, log2
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import Scope
+
+from tinyflux.serving.events import Drawn, Event, Step
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160]
 
@@ -41,20 +45,39 @@ class PictureMetrics:
             boundaries=_SECONDS,
             tag_keys=("model",),
         )
-        self._retries = Counter(
-            "tinyflux_serve_retries",
+        self._lost = Counter(
+            "tinyflux_serve_lost_replicas",
             description="Pictures begun again because a replica was lost.",
             tag_keys=("model",),
         )
 
-    def drawn(self, model: str, height: int, width: int, seconds: float) -> None:
-        self._latency.observe(seconds, tags={"model": model, "size": size_label(height, width)})
+    def lost(self, model: str) -> None:
+        self._lost.inc(tags={"model": model})
 
-    def previewed(self, model: str, seconds: float) -> None:
-        self._preview.observe(seconds, tags={"model": model})
+    def clock(self, model: str, height: int, width: int) -> "PictureClock":
+        """Times one picture, from now."""
+        tags = {"model": model}
+        size = {**tags, "size": size_label(height, width)}
+        return PictureClock(
+            lambda seconds: self._preview.observe(seconds, tags=tags),
+            lambda seconds: self._latency.observe(seconds, tags=size),
+        )
 
-    def retried(self, model: str) -> None:
-        self._retries.inc(tags={"model": model})
+
+class PictureClock:
+    """Tells when a picture had its first preview, and when it was drawn."""
+
+    def __init__(self, previewed: Callable[[float], None], drawn: Callable[[float], None]):
+        self._started, self._waits = time.monotonic(), True
+        self._previewed, self._drawn = previewed, drawn
+
+    def saw(self, event: Event) -> None:
+        """Take note of what was just sent."""
+        if isinstance(event, Drawn):
+            self._drawn(time.monotonic() - self._started)
+        elif isinstance(event, Step) and event.preview is not None and self._waits:
+            self._waits = False
+            self._previewed(time.monotonic() - self._started)
 
 
 class EngineMetrics:

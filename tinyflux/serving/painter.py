@@ -65,6 +65,8 @@ class Painter:
                 preview = event.preview
                 png = None if preview is None else await asyncio.to_thread(png_bytes, preview)
                 yield Step(event.step, event.total, png)
+        except InputError as error:
+            yield Refused(400, str(error))
         except TinyFluxError as error:
             yield Refused(503, str(error), retry_after=1.0)
         finally:

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 
 from tinyflux.serving.engine import ImageRequest, ServeConfig
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
@@ -66,34 +67,37 @@ class Studio:
         """
         if self.config.log_prompts:
             logger.info("%s draws '%s' (not '%s')", model, request.prompt, request.negative_prompt)
-        started, accepted, told, previewed = time.monotonic(), False, 0, False
-        for attempt in range(1, MAX_TRIES + 1):
+        started, accepted, told, lost = time.monotonic(), False, 0, 0
+        clock = self._metrics.clock(model, request.height, request.width)
+        while lost < MAX_TRIES:
             try:
                 async with aclosing(self._once(model, request, started)) as events:
                     async for event in events:
                         if isinstance(event, Refused):
-                            raise ApiError.of(event)
-                        if isinstance(event, Accepted):
-                            if not accepted:
-                                yield event
-                            accepted = True
-                        elif isinstance(event, Step):
-                            if event.step > told:
-                                told = event.step
-                                if event.preview is not None and not previewed:
-                                    previewed = True
-                                    self._metrics.previewed(model, time.monotonic() - started)
-                                yield event
-                        else:
-                            seconds = time.monotonic() - started
-                            self._metrics.drawn(model, request.height, request.width, seconds)
-                            yield event
+                            if not accepted or event.status != 429:
+                                raise ApiError.of(event)
+                            # A replica that is no more had promised a place: wait for another.
+                            await asyncio.sleep(event.retry_after or 1.0)
+                            break
+                        if isinstance(event, Accepted) and accepted:
+                            continue
+                        if isinstance(event, Step):
+                            if event.step <= told:
+                                continue
+                            told = event.step
+                        accepted = True
+                        clock.saw(event)
+                        yield event
+                        if isinstance(event, Drawn):
                             return
             except RayActorError as error:
+                lost += 1
+                self._metrics.lost(model)
                 logger.warning("a replica of %s was lost: %s", model, type(error).__name__)
-                if attempt == MAX_TRIES:
-                    break
-                self._metrics.retried(model)
+            except RayServeException as error:
+                raise ApiError(
+                    503, f"the model '{model}' has no replica that works", retry_after=5
+                ) from error
         raise ApiError(
             503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
         )
@@ -143,13 +147,12 @@ class Studio:
         stream = self._painters[model].options(stream=True).draw.remote(request)
         events, ended = aiter(stream), False
         try:
-            while True:
+            while not ended:
                 left = started + self.config.timeout_s - time.monotonic()
                 try:
                     event = await asyncio.wait_for(anext(events), max(left, 0.0))
                 except StopAsyncIteration:
-                    ended = True
-                    return
+                    raise RuntimeError("a replica's story ended without its end") from None
                 except asyncio.TimeoutError:
                     raise ApiError(
                         503,
@@ -157,6 +160,7 @@ class Studio:
                         "less, or try again later",
                         retry_after=self.config.timeout_s,
                     ) from None
+                ended = isinstance(event, Drawn | Refused)
                 yield event
         finally:
             if not ended:
