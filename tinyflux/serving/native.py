@@ -61,7 +61,7 @@ def native_routes(studio: Studio) -> APIRouter:
         model, request = studio.choose(body.model), _request(studio, body)
         started = time.monotonic()
         if "text/event-stream" in http.headers.get("accept", ""):
-            events = studio.draw(model, request)
+            events = studio.draw(model, request, every_step=True)
             await anext(events)  # accepted; refusals are answers with a status of their own
             return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
         png = await studio.picture(model, request)

@@ -46,8 +46,12 @@ class Painter:
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._follower.start()
 
-    async def draw(self, request: ImageRequest) -> AsyncGenerator[Event, None]:
-        """Draw one picture; a caller that goes away frees its place in the batch."""
+    async def draw(self, request: ImageRequest, every_step: bool) -> AsyncGenerator[Event, None]:
+        """Draw one picture; a caller that goes away frees its place in the batch.
+
+        Args:
+            every_step: tell of steps without a preview, too.
+        """
         try:
             ticket = await asyncio.to_thread(self._engine.submit, request)
         except OverloadedError as error:
@@ -63,8 +67,11 @@ class Painter:
                     yield Drawn(await asyncio.to_thread(png_bytes, event.image))
                     return
                 preview = event.preview
-                png = None if preview is None else await asyncio.to_thread(png_bytes, preview)
-                yield Step(event.step, event.total, png)
+                if preview is not None:
+                    png = await asyncio.to_thread(png_bytes, preview)
+                    yield Step(event.step, event.total, png)
+                elif every_step:
+                    yield Step(event.step, event.total, None)
         except InputError as error:
             yield Refused(400, str(error))
         except TinyFluxError as error:

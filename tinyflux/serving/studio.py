@@ -56,11 +56,16 @@ class Studio:
             )
         return model
 
-    async def draw(self, model: str, request: ImageRequest) -> AsyncGenerator[Event, None]:
-        """What happens to one picture: steps, and in the end :class:`Drawn`.
+    async def draw(
+        self, model: str, request: ImageRequest, every_step: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """What happens to one picture: previews, and in the end :class:`Drawn`.
 
         A replica that dies takes nothing with it: another one draws the picture from its seed,
         and steps that were told are not told again. :class:`Accepted` comes first and once.
+
+        Args:
+            every_step: tell of steps without a preview, too.
 
         Raises:
             ApiError: it is refused, not drawn in time, or lost with too many replicas.
@@ -71,7 +76,7 @@ class Studio:
         clock = self._metrics.clock(model, request.height, request.width)
         while lost < MAX_TRIES:
             try:
-                async with aclosing(self._once(model, request, started)) as events:
+                async with aclosing(self._once(model, request, every_step, started)) as events:
                     async for event in events:
                         if isinstance(event, Refused):
                             if not accepted or event.status != 429:
@@ -141,10 +146,10 @@ class Studio:
         return await self._board.present.remote()
 
     async def _once(
-        self, model: str, request: ImageRequest, started: float
+        self, model: str, request: ImageRequest, every_step: bool, started: float
     ) -> AsyncGenerator[Event, None]:
         """One try; it is cancelled at the replica when nobody listens any more."""
-        stream = self._painters[model].options(stream=True).draw.remote(request)
+        stream = self._painters[model].options(stream=True).draw.remote(request, every_step)
         events, ended = aiter(stream), False
         try:
             while not ended:
