@@ -69,4 +69,4 @@ class Guard:
 
 def _from_here(scope: Scope) -> bool:
     client = scope.get("client")
-    return client is None or is_loopback(client[0])
+    return client is not None and is_loopback(client[0])

@@ -122,7 +122,7 @@ class Painter:
         seen = signature(self._checkpoint)
         try:
             self._engine.swap(self._checkpoint)
-        except TinyFluxError as error:
+        except Exception as error:  # whatever is wrong with the new weights, the old ones serve
             self._mistake = str(error)
             logger.error("%s keeps its weights: %s", self._name, error)
         else:
