@@ -60,6 +60,9 @@ class Painter:
         except InputError as error:
             yield Refused(400, str(error))
             return
+        except TinyFluxError as error:
+            yield Refused(503, str(error), retry_after=1.0)
+            return
         try:
             yield Accepted()
             async for event in ticket.events():

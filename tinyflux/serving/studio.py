@@ -79,9 +79,11 @@ class Studio:
                 async with aclosing(self._once(model, request, every_step, started)) as events:
                     async for event in events:
                         if isinstance(event, Refused):
-                            if not accepted or event.status != 429:
+                            # What was promised a place waits for another when that one is gone.
+                            broken = event.status == 503
+                            if not broken and not (accepted and event.status == 429):
                                 raise ApiError.of(event)
-                            # A replica that is no more had promised a place: wait for another.
+                            lost += broken
                             await asyncio.sleep(event.retry_after or 1.0)
                             break
                         if isinstance(event, Accepted) and accepted:
