@@ -1,4 +1,3 @@
-import itertools
 import json
 
 import pytest
@@ -11,7 +10,6 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.sampling import (
     Sampler,
     TextCondition,
-    euler_step,
     guided_velocity,
     image_grid,
     sample_grid,
@@ -51,14 +49,6 @@ def test_time_runs_from_noise_to_data():
     assert (times.diff() > 0).all()
 
 
-def test_euler_steps_along_a_straight_flow_end_at_the_data():
-    data, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    x, times = noise, sample_grid(7, 3.0)
-    for t, t_next in itertools.pairwise(times):
-        x = euler_step(x, data - noise, t.expand(2), t_next.expand(2))
-    torch.testing.assert_close(x, data)
-
-
 def test_guidance_blends_the_two_velocities():
     model = student().eval()
     zoo, x, t = FakeZoo(), torch.randn(2, 4, 3, 5), torch.tensor([0.2, 0.7])
@@ -72,6 +62,29 @@ def test_guidance_blends_the_two_velocities():
     torch.testing.assert_close(guided, null + 3 * (plain - null), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[0], plain[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mixed[1], guided[1], rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_first_samples_of_a_batch_need_be_guided():
+    model = student().eval()
+    zoo, x, t = FakeZoo(), torch.randn(3, 4, 3, 5), torch.tensor([0.2, 0.7, 0.4])
+    cond = TextCondition(*zoo.encode_prompts_batched(["a cat", "dogs", "a cup"]))
+    uncond = TextCondition(*zoo.encode_prompts_batched(["", "blurry"], allow_empty=True))
+    rows = []
+
+    def watched(inputs, *args, **kwargs):
+        rows.append(inputs.shape[0])
+        return model(inputs, *args, **kwargs)
+
+    with torch.no_grad():
+        some = guided_velocity(watched, x, t, cond, uncond, torch.tensor([2.0, 3.0]))
+        third = TextCondition(cond.t5[2:], cond.pooled[2:])
+        plain = guided_velocity(model, x[2:], t[2:], third, None, 1.0)
+        second = TextCondition(cond.t5[1:2], cond.pooled[1:2])
+        negative = TextCondition(uncond.t5[1:], uncond.pooled[1:])
+        guided = guided_velocity(model, x[1:2], t[1:2], second, negative, 3.0)
+    assert rows == [5]
+    torch.testing.assert_close(some[2:], plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some[1:2], guided, rtol=1e-4, atol=1e-5)
 
 
 def test_a_picture_depends_on_its_seed_and_prompt_only(sampler):
@@ -116,13 +129,15 @@ def test_ema_weights_are_used_and_the_models_own_come_back(sampler):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_every_step_is_seen(sampler):
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_every_step_is_seen(sampler, solver):
     seen = []
     sampler.generate(
         ["a cat"],
         num_steps=3,
         height=2,
         width=4,
+        solver=solver,
         callback=lambda step, total, x: seen.append((step, total, tuple(x.shape))),
     )
     assert seen == [(step, 3, (1, 4, 2, 4)) for step in (1, 2, 3)]
@@ -139,6 +154,7 @@ def test_every_step_is_seen(sampler):
         ({"num_steps": 0}, "num_steps must be a whole number"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"seed": -1}, "a seed must be"),
+        ({"solver": "rk4"}, "solver must be one of euler, heun, multistep, not 'rk4'"),
         ({"seed": [1, 2]}, "2 seeds do not fit 1 prompts"),
     ],
 )

@@ -46,5 +46,9 @@ class OverloadedError(TinyFluxError, RuntimeError):
         self.retry_after = retry_after
 
 
+class ServingError(TinyFluxError, RuntimeError):
+    """A picture that will not come: it was cancelled, or the engine is closed or broken."""
+
+
 class MissingDependencyError(TinyFluxError, ImportError):
     """An optional package that the requested feature needs."""

@@ -1,19 +1,45 @@
-"""One loaded student that draws on request."""
+"""One loaded student that draws many requests at once, a denoising step at a time."""
 
-import asyncio
-import queue
+import dataclasses
 import threading
-from collections.abc import AsyncIterator
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tinyflux.errors import InputError, OverloadedError
+from tinyflux.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    OverloadedError,
+    ServingError,
+    TinyFluxError,
+)
 from tinyflux.model.loader import load_model
+from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig, resolve_device
 from tinyflux.serving.pictures import png_bytes
-from tinyflux.trainer.sampling import Sampler
+from tinyflux.serving.prompts import PromptCache
+from tinyflux.serving.tickets import Finished, ImageRequest, Progress, Ticket
+from tinyflux.serving.turns import Turns
+from tinyflux.trainer.sampling import (
+    TextCondition,
+    check_request,
+    guided_velocity,
+    initial_noise,
+    sample_grid,
+)
+from tinyflux.trainer.solvers import Trajectory, check_solver, evaluations_per_step
+
+__all__ = ["Finished", "ImageEngine", "ImageRequest", "Progress", "ServeConfig", "Ticket"]
+
+# Previews of one request that may wait for the decoder: beyond that the request waits for them.
+MAX_PREVIEWS = 2
+# Weight of the newest step in the mean step time.
+RECENT = 0.1
 
 
 @dataclass
@@ -34,6 +60,9 @@ class ServeConfig:
             latents.
         max_n: pictures of one request.
         max_body_bytes: of a request.
+        max_batch: pictures of one forward; one with guidance takes two of its rows.
+        max_queue: requests that may wait beside ``max_batch`` that are drawn.
+        prompt_cache: encoded prompts that are kept.
         timeout_s: from a request to its picture, waiting included.
         keep_pictures, keep_seconds: how many pictures are kept for ``url`` answers, how long.
         api_keys_file: one key a line; None asks for no key.
@@ -60,98 +89,97 @@ class ServeConfig:
     max_prompt_chars: int = 1000
     max_n: int = 4
     max_body_bytes: int = 65536
+    max_batch: int = 8
+    max_queue: int = 64
+    prompt_cache: int = 256
     timeout_s: float = 300.0
     keep_pictures: int = 256
     keep_seconds: float = 3600.0
     api_keys_file: str | None = None
     allow_public: bool = False
     log_prompts: bool = False
-    max_batch: int = 8
-    max_queue: int = 32
 
 
-@dataclass(frozen=True)
-class ImageRequest:
-    """One picture to draw; sizes in pixels, a seed already chosen."""
+@dataclass(eq=False)
+class _Sample:
+    """A request on its way.
 
-    prompt: str
-    negative_prompt: str
-    num_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    seed: int
-    solver: str = "euler"
-    preview_every: int = 0
+    Attributes:
+        model, weights: what it is drawn with, and that set of weights' number.
+        denoised: no forward is wanted any more.
+        previews: how many wait for the decoder.
+        path, cond, uncond: there once its prompts are encoded; ``uncond`` is None without
+            guidance.
+    """
 
-
-@dataclass(frozen=True)
-class Progress:
-    step: int
-    total: int
-    preview: Tensor | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    image: Tensor
-
-
-class Cancelled(Exception):
-    pass
-
-
-class Ticket:
-    def __init__(self, request: ImageRequest):
-        self.request = request
-        self.events_queue: queue.Queue[Any] = queue.Queue()
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    async def events(self) -> AsyncIterator[Progress | Finished]:
-        while True:
-            try:
-                event = self.events_queue.get_nowait()
-            except queue.Empty:
-                await asyncio.sleep(0.005)
-                continue
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            if isinstance(event, Finished):
-                return
-
-    def result(self, timeout: float | None = None) -> Tensor:
-        while True:
-            event = self.events_queue.get(timeout=timeout)
-            if isinstance(event, Exception):
-                raise event
-            if isinstance(event, Finished):
-                return event.image
+    request: ImageRequest
+    model: TinyFluxDeep
+    weights: int
+    ticket: Ticket = dataclasses.field(init=False)
+    path: Trajectory = dataclasses.field(init=False)
+    cond: TextCondition = dataclasses.field(init=False)
+    uncond: TextCondition | None = None
+    evaluations: int = 0
+    denoised: bool = False
+    previews: int = 0
 
 
 class ImageEngine:
-    """TEMPORARY: one at a time."""
+    """Draws many requests at once, each as :class:`~tinyflux.trainer.sampling.Sampler` would.
+
+    One thread runs the denoising loop: it asks :class:`~tinyflux.serving.turns.Turns` whose turn
+    it is, runs one forward for up to ``max_batch`` pictures of one size, each at its own time with
+    its own solver, prompt and guidance, and asks again. So requests join and leave between steps,
+    sizes take turns, and a short request passes long ones. Prompts are encoded in a second thread
+    and latents decoded in a third, on streams of their own on a GPU.
+
+    An error of one request's encoding or decoding is that request's alone, and a forward that
+    finds no memory is its batch's. Any other error of the loop ends it: every ticket fails, and
+    so does :meth:`check_health`.
+
+    Args:
+        config: its limits, and the checkpoint.
+        zoo: where the text encoders and the VAE are.
+
+    Raises:
+        TinyFluxError: a limit makes no sense, or the checkpoint or a model cannot be opened.
+    """
 
     def __init__(self, config: ServeConfig, zoo: ZooConfig):
         if config.checkpoint is None:
             raise InputError("serve.checkpoint must be set")
+        for name, least in (("max_batch", 1), ("max_queue", 0), ("prompt_cache", 0)):
+            if getattr(config, name) < least:
+                raise ConfigError(
+                    f"serve.{name} must be {least} or more, not {getattr(config, name)}"
+                )
         self.config = config
         self._device, self._dtype = resolve_device(zoo.device), zoo.dtype
-        model = load_model(config.checkpoint, device=str(self._device), dtype=zoo.dtype)
-        self._zoo = zoo.build(model.config)
+        self._model = load_model(config.checkpoint, device=str(self._device), dtype=self._dtype)
+        self._weights = 0
+        self._zoo = zoo.build(self._model.config)
         self._zoo.load_vae()
         self._zoo.load_t5()
         self._zoo.load_clip()
-        self._sampler = Sampler(self._zoo, model, device=self._device, dtype=zoo.dtype)
-        self._queue: queue.Queue[Ticket | None] = queue.Queue()
-        self._waiting, self._steps, self._running = 0, 0, 0
-        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._prompts = PromptCache(self._zoo, config.prompt_cache, self._device, self._dtype)
+
+        self._changed = threading.Condition()  # guards all below
+        self._turns: Turns[_Sample] = Turns(config.max_batch)
+        self._open: dict[_Sample, None] = {}  # accepted and not ended, in order of arrival
+        self._batch: list[_Sample] = []
+        self._closed = False
+        self._dead: ServingError | None = None
+        self._steps, self._step_seconds, self._evaluation_seconds = 0, 0.0, 0.0
+
+        self._encoder = self._side_thread("encoder")
+        self._decoder = self._side_thread("decoder")
+        self._thread = threading.Thread(target=self._loop, name="denoiser", daemon=True)
         self._thread.start()
 
+    # From any thread
+
     def pixel_limits(self) -> dict[str, int]:
+        """``step``, which divides both sides of a picture, ``max_height`` and ``max_width``."""
         step = self._zoo.downscale
         return {
             "step": step,
@@ -159,89 +187,338 @@ class ImageEngine:
             "max_width": self.config.max_width * step,
         }
 
-    def check_health(self) -> None:
-        if not self._thread.is_alive():
-            raise RuntimeError("the engine's loop is dead")
-
-    def stats(self) -> dict[str, Any]:
-        return {
-            "queue_length": self._waiting,
-            "batch_size": self._running,
-            "steps": self._steps,
-            "step_seconds": 0.01,
-            "cached_prompts": 0,
-        }
-
-    def swap(self, checkpoint: str) -> None:
-        model = load_model(checkpoint, device=str(self._device), dtype=self._dtype)
-        self._sampler = Sampler(self._zoo, model, device=self._device, dtype=self._dtype)
-
-    def close(self, drain: bool = True) -> None:
-        self._queue.put(None)
-
-    def submit(self, request: ImageRequest) -> Ticket:
-        self.check(request)
-        if self._waiting >= self.config.max_queue:
-            raise OverloadedError("the queue is full: try again later", retry_after=2.0)
-        self._waiting += 1
-        ticket = Ticket(request)
-        self._queue.put(ticket)
-        return ticket
-
-    def generate(self, request: ImageRequest) -> bytes:
-        return png_bytes(self.submit(request).result(60))
-
-    def _loop(self) -> None:
-        while (ticket := self._queue.get()) is not None:
-            self._waiting -= 1
-            self._running = 1
-            try:
-                ticket.events_queue.put(Finished(self._draw(ticket)))
-            except Exception as error:
-                ticket.events_queue.put(error)
-            self._running = 0
-
-    def _draw(self, ticket: Ticket) -> Tensor:
-        request, step = ticket.request, self._zoo.downscale
-
-        def told(at: int, total: int, x: Tensor) -> None:
-            if ticket.cancelled:
-                raise Cancelled
-            self._steps += 1
-            preview = None
-            if request.preview_every and at % request.preview_every == 0 and at < total:
-                preview = self._zoo.decode_latents(x)[0].clamp(0, 1)
-            ticket.events_queue.put(Progress(at, total, preview))
-
-        return self._sampler.generate(
-            [request.prompt],
-            num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            height=request.height // step,
-            width=request.width // step,
-            seed=request.seed,
-            negative_prompt=request.negative_prompt,
-            callback=told,
-        )[0]
-
     def check(self, request: ImageRequest) -> None:
-        """Refuse what is out of bounds with an :class:`InputError` of one sentence."""
-        config, step = self.config, self._zoo.downscale
-        if len(request.prompt) > config.max_prompt_chars:
-            raise InputError(
-                f"prompt has {len(request.prompt)} characters, the limit is "
-                f"{config.max_prompt_chars}"
-            )
+        """Refuse what is out of bounds with an :class:`InputError` of one sentence.
+
+        A prompt of too many tokens is found later, and fails the request's ticket.
+        """
+        config, limits = self.config, self.pixel_limits()
+        step = limits["step"]
+        if not request.prompt.strip():
+            raise InputError("prompt is empty: say what the picture should show")
+        for name, text in (
+            ("prompt", request.prompt),
+            ("negative_prompt", request.negative_prompt),
+        ):
+            if len(text) > config.max_prompt_chars:
+                raise InputError(
+                    f"{name} has {len(text)} characters, the limit is {config.max_prompt_chars}"
+                )
         if not 1 <= request.num_steps <= config.max_steps:
             raise InputError(
                 f"num_steps must be from 1 to {config.max_steps}, not {request.num_steps}"
             )
-        for name, value, limit in (
-            ("height", request.height, config.max_height * step),
-            ("width", request.width, config.max_width * step),
-        ):
+        for name, value in (("height", request.height), ("width", request.width)):
+            limit = limits[f"max_{name}"]
             if value % step or not step <= value <= limit:
                 raise InputError(
                     f"{name} must be a multiple of {step} from {step} to {limit} pixels, "
                     f"not {value}"
                 )
+        if request.preview_every < 0:
+            raise InputError(f"preview_every must be 0 or more, not {request.preview_every}")
+        check_solver(request.solver)
+        check_request(
+            request.height // step,
+            request.width // step,
+            request.num_steps,
+            request.guidance_scale,
+            [request.seed],
+        )
+
+    def submit(self, request: ImageRequest) -> Ticket:
+        """Accept a request; does not wait for anything.
+
+        Raises:
+            InputError: the request is out of bounds.
+            OverloadedError: ``max_queue`` requests wait already.
+            ServingError: the engine is closed or broken.
+        """
+        self.check(request)
+        with self._changed:
+            if self._dead is not None:
+                raise self._dead
+            if self._closed:
+                raise ServingError("the engine is closed and takes no more requests")
+            if len(self._open) >= self.config.max_batch + self.config.max_queue:
+                seconds = self._backlog_seconds() / 2
+                raise OverloadedError(
+                    f"{len(self._open)} pictures are being drawn or wait, which is all there is "
+                    f"room for: try again in {seconds:.0f} seconds",
+                    seconds,
+                )
+            sample = _Sample(request, self._model, self._weights)
+            sample.ticket = Ticket(lambda: self._cancel(sample))
+            sample.evaluations = request.num_steps * evaluations_per_step(request.solver)
+            self._open[sample] = None
+            self._encoder.submit(self._encode, sample)
+        return sample.ticket
+
+    def generate(self, request: ImageRequest) -> bytes:
+        """The picture as PNG.
+
+        Raises:
+            TinyFluxError: as :meth:`submit` and :meth:`Ticket.result`.
+        """
+        return png_bytes(self.submit(request).result())
+
+    def swap(self, checkpoint: str) -> None:
+        """Draw with another checkpoint of the same config from now on.
+
+        Requests that were accepted before are finished with the weights they began with, which
+        stay in memory until then.
+
+        Raises:
+            TinyFluxError: it cannot be opened, or is of another config; nothing has changed then.
+        """
+        model = load_model(checkpoint, device=str(self._device), dtype=self._dtype)
+        old, new = self._model.config.to_dict(), model.config.to_dict()
+        other = [name for name in old if old[name] != new[name]]
+        if other:
+            raise CheckpointError(
+                f"'{checkpoint}' is of another config than what is served (it differs in "
+                f"{', '.join(other)}): start a server of its own for it"
+            )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the copies are whole before the loop reads them
+        with self._changed:
+            self._model, self._weights = model, self._weights + 1
+
+    def stats(self) -> dict[str, Any]:
+        """How it goes: ``queue_length`` (requests that are accepted and not in the batch),
+        ``batch_size``, ``steps`` (forwards done), ``step_seconds`` (their recent mean) and
+        ``cached_prompts``.
+        """
+        with self._changed:
+            wanted = sum(not sample.denoised for sample in self._open)
+            return {
+                "queue_length": max(wanted - len(self._batch), 0),
+                "batch_size": len(self._batch),
+                "steps": self._steps,
+                "step_seconds": self._step_seconds,
+                "cached_prompts": len(self._prompts),
+            }
+
+    def check_health(self) -> None:
+        """Raise a :class:`ServingError` if no picture will come any more."""
+        if self._dead is not None:
+            raise self._dead
+        if self._closed:
+            raise ServingError("the engine is closed")
+
+    def close(self, drain: bool = True) -> None:
+        """Take no more requests, finish the accepted ones (or fail them), and end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if drain:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._open)
+        self._fail_all(ServingError("the engine was closed before the picture was drawn"))
+        self._thread.join()
+        self._encoder.shutdown()
+        self._decoder.shutdown()
+
+    def _cancel(self, sample: _Sample) -> None:
+        if sample.ticket.fail(ServingError("the request was cancelled")):
+            self._end(sample)
+
+    def _end(self, sample: _Sample) -> None:
+        """Forget a sample whose ticket has ended."""
+        with self._changed:
+            self._open.pop(sample, None)
+            if sample not in self._batch:  # else the loop removes it after the step
+                self._turns.remove(sample)
+            self._changed.notify_all()
+
+    def _fail(self, sample: _Sample, doing: str, error: Exception) -> None:
+        """End a request with an error of its own: a user's mistake as it is, others wrapped."""
+        told = error
+        if not isinstance(error, TinyFluxError):
+            told = ServingError(f"the picture failed while {doing}: {error!r:.200}")
+            told.__cause__ = error
+        sample.ticket.fail(told)
+        self._end(sample)
+
+    def _fail_all(self, error: ServingError) -> None:
+        with self._changed:
+            samples = list(self._open)
+        for sample in samples:
+            sample.ticket.fail(error)
+            self._end(sample)
+
+    def _backlog_seconds(self) -> float:
+        """About how long it takes to draw what is accepted now."""
+        wanted = sum(sample.evaluations for sample in self._open if not sample.denoised)
+        return max(1.0, wanted * self._evaluation_seconds)
+
+    # The encoder's thread
+
+    def _side_thread(self, name: str) -> ThreadPoolExecutor:
+        """One thread; on a GPU its work goes to a stream of its own."""
+
+        def own_stream() -> None:
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+
+        initializer = own_stream if self._device.type == "cuda" else None
+        return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=initializer)
+
+    @torch.inference_mode()
+    def _encode(self, sample: _Sample) -> None:
+        if sample.ticket.ended:
+            return
+        request, config, step = sample.request, sample.model.config, self._zoo.downscale
+        height, width = request.height // step, request.width // step
+        try:
+            sample.cond = self._prompts(request.prompt)
+            if request.guidance_scale != 1.0:
+                sample.uncond = self._prompts(request.negative_prompt)
+            x = initial_noise([request.seed], config.in_channels, height, width)[0]
+            times = sample_grid(request.num_steps, config.timestep_shift).tolist()
+            sample.path = Trajectory(x.to(self._device), times, request.solver)
+        except Exception as error:
+            self._fail(sample, "its prompt was encoded", error)
+            return
+        with self._changed:
+            if not sample.ticket.ended:
+                self._turns.add(sample, (height, width, sample.weights), sample.evaluations)
+                self._changed.notify_all()
+
+    # The loop's thread
+
+    def _loop(self) -> None:
+        try:
+            with torch.inference_mode():
+                last: torch.cuda.Event | None = None
+                while batch := self._next_batch():
+                    started = time.monotonic()
+                    try:
+                        steps = self._advance(batch)
+                    except torch.OutOfMemoryError as error:
+                        for sample in batch:
+                            self._fail(sample, "it was denoised", error)
+                        steps = []
+                    made = self._mark()
+                    for sample in steps:
+                        self._tell(sample, made)
+                    # One step ahead of the GPU: it never idles, and who joins waits for little.
+                    if last is not None:
+                        last.synchronize()
+                    last = made
+                    self._account(batch, time.monotonic() - started)
+        except BaseException as error:
+            self._dead = ServingError(f"the engine's loop broke: {error!r:.200}")
+            self._dead.__cause__ = error
+            with self._changed:
+                self._batch = []
+            self._fail_all(self._dead)
+
+    def _next_batch(self) -> list[_Sample]:
+        """Whose turn it is; waits for samples, and is empty when there will be none."""
+        with self._changed:
+            while not (batch := self._turns.next()):
+                if self._closed and not self._open:
+                    return []
+                self._changed.wait()
+            self._batch = batch
+            return batch
+
+    def _advance(self, batch: list[_Sample]) -> list[_Sample]:
+        """One forward; the samples that ended a step by it."""
+        # Those with guidance stand in front: only they need a second row.
+        guided = [sample for sample in batch if sample.uncond is not None]
+        batch = guided + [sample for sample in batch if sample.uncond is None]
+        negative = [sample.uncond for sample in guided if sample.uncond is not None]
+        scales = [sample.request.guidance_scale for sample in guided]
+        v = guided_velocity(
+            batch[0].model,
+            torch.stack([sample.path.x for sample in batch]),
+            torch.tensor([sample.path.t for sample in batch], device=self._device),
+            _together([sample.cond for sample in batch]),
+            _together(negative) if negative else None,
+            torch.tensor(scales, device=self._device),
+        )
+        return [sample for sample, each in zip(batch, v, strict=True) if sample.path.advance(each)]
+
+    def _mark(self) -> "torch.cuda.Event | None":
+        """On a GPU, the moment at which what was asked for so far is done."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _tell(self, sample: _Sample, made: "torch.cuda.Event | None") -> None:
+        """Pass on that a step has ended, and what it gave."""
+        if sample.ticket.ended:
+            return
+        path, every = sample.path, sample.request.preview_every
+        event = Progress(path.step, path.total, None)
+        if not every:
+            sample.ticket.tell(event)
+        elif path.step % every or path.step == path.total:
+            # By the decoder's thread, so that it does not overtake a preview.
+            self._decoder.submit(sample.ticket.tell, event)
+        else:
+            with self._changed:
+                sample.previews += 1
+                if sample.previews >= MAX_PREVIEWS:
+                    self._turns.hold(sample)
+            self._decoder.submit(self._preview, sample, event, path.data(), made)
+        if path.step == path.total:
+            sample.denoised = True
+            self._decoder.submit(self._finish, sample, path.x, made)
+
+    def _account(self, batch: list[_Sample], seconds: float) -> None:
+        """Note what a step took, and let those go that want no other."""
+        with self._changed:
+            self._steps += 1
+            weight = RECENT if self._steps > 1 else 1.0
+            self._step_seconds += weight * (seconds - self._step_seconds)
+            each = seconds / len(batch)
+            self._evaluation_seconds += weight * (each - self._evaluation_seconds)
+            self._turns.charge(batch, seconds)
+            self._batch = []
+            for sample in batch:
+                sample.evaluations = sample.path.evaluations
+                if sample.denoised or sample.ticket.ended:
+                    self._turns.remove(sample)
+
+    # The decoder's thread
+
+    def _preview(
+        self, sample: _Sample, event: Progress, x: Tensor, made: "torch.cuda.Event | None"
+    ) -> None:
+        try:
+            if not sample.ticket.ended:
+                sample.ticket.tell(dataclasses.replace(event, preview=self._decode(x, made)))
+        except Exception as error:
+            self._fail(sample, "a preview was decoded", error)
+        with self._changed:
+            sample.previews -= 1
+            self._turns.release(sample)
+            self._changed.notify_all()
+
+    def _finish(self, sample: _Sample, x: Tensor, made: "torch.cuda.Event | None") -> None:
+        try:
+            if not sample.ticket.ended:
+                sample.ticket.tell(Finished(self._decode(x, made)))
+        except Exception as error:
+            self._fail(sample, "it was decoded", error)
+        else:
+            self._end(sample)
+
+    @torch.inference_mode()
+    def _decode(self, x: Tensor, made: "torch.cuda.Event | None") -> Tensor:
+        """``[3, H, W]`` in [0, 1] on the CPU of latents ``[C, h, w]``, there at ``made``."""
+        if made is not None:
+            made.wait()
+            x.record_stream(torch.cuda.current_stream(self._device))
+        shift = self._model.config.latent_shift
+        return self._zoo.decode_latents(x[None], shift=shift)[0].float().clamp(0, 1).cpu()
+
+
+def _together(conditions: list[TextCondition]) -> TextCondition:
+    """Conditions ``[1, ...]`` as one ``[B, ...]``."""
+    t5 = torch.cat([each.t5 for each in conditions])
+    return TextCondition(t5, torch.cat([each.pooled for each in conditions]))

@@ -53,7 +53,7 @@ class Painter:
             every_step: tell of steps without a preview, too.
         """
         try:
-            ticket = await asyncio.to_thread(self._engine.submit, request)
+            ticket = self._engine.submit(request)
         except OverloadedError as error:
             yield Refused(429, str(error), error.retry_after)
             return

@@ -1,7 +1,7 @@
-"""From noise to pictures: Euler steps of the probability flow, with guidance.
+"""From noise to pictures: steps along the probability flow, with guidance.
 
-The pure functions on top are the sampler's whole algorithm; :class:`Sampler` joins them with the
-encoders, the VAE and the seeds.
+The pure functions on top and :mod:`tinyflux.trainer.solvers` are the sampler's whole algorithm;
+:class:`Sampler` joins them with the encoders, the VAE and the seeds.
 """
 
 import io
@@ -21,6 +21,7 @@ from tinyflux.errors import InputError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.schedules import flux_shift
+from tinyflux.trainer.solvers import Trajectory, check_solver
 from tinyflux.trainer.step import latents_of, tokens
 from tinyflux.util.files import atomic_write
 from tinyflux.util.seeding import randn_for
@@ -65,30 +66,27 @@ def guided_velocity(
 
     Args:
         x: ``[B, C, H, W]`` latents at times ``t`` ``[B]``.
-        uncond: the negative prompt's embeddings, or None for plain ``v_cond``.
-        guidance: one factor, or ``[B]``.
+        uncond: the embeddings of the first G samples' negative prompts; the other ``B - G``
+            samples follow plain ``v_cond``, and None means all do.
+        guidance: one factor, or ``[G]``.
 
     Returns:
         ``[B, C, H, W]`` in fp32.
     """
-    height, width = x.shape[-2:]
+    batch, _, height, width = x.shape
     t5, pooled = cond.t5, cond.pooled
     inputs, times = tokens(x), t
     if uncond is not None:
-        inputs, times = torch.cat([inputs, inputs]), torch.cat([t, t])
+        guided = uncond.t5.shape[0]
+        inputs, times = torch.cat([inputs, inputs[:guided]]), torch.cat([t, t[:guided]])
         t5, pooled = torch.cat([t5, uncond.t5]), torch.cat([pooled, uncond.pooled])
     img_ids = TinyFluxDeep.create_img_ids(inputs.shape[0], height, width, device=x.device)
     v = model(inputs, t5, pooled, times, img_ids, grid=(height, width)).float()
     if uncond is not None:
-        v_cond, v_uncond = v.chunk(2)
+        v, v_uncond = v[:batch], v[batch:]
         scale = torch.as_tensor(guidance, dtype=v.dtype, device=v.device).reshape(-1, 1, 1)
-        v = v_uncond + scale * (v_cond - v_uncond)
+        v = torch.cat([v_uncond + scale * (v[:guided] - v_uncond), v[guided:]])
     return latents_of(v, height, width)
-
-
-def euler_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """``x + (t_next - t) * v`` for ``[B, ...]`` states and ``[B]`` times."""
-    return x + (t_next - t).reshape(-1, *(1,) * (x.ndim - 1)) * v
 
 
 def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
@@ -149,6 +147,7 @@ class Sampler:
         use_ema: bool = True,
         negative_prompt: str = "blurry, low quality",
         callback: Callable[[int, int, Tensor], None] | None = None,
+        solver: str = "euler",
     ) -> Tensor:
         """Pictures ``[B, 3, H, W]`` in [0, 1], fp32.
 
@@ -159,9 +158,11 @@ class Sampler:
             negative_prompt: what to steer away from; empty is the null caption. Unused at a
                 ``guidance_scale`` of 1.
             callback: called as ``callback(step, num_steps, latents)`` after each step.
+            solver: ``"euler"``, ``"heun"`` (two forwards a step) or ``"multistep"``.
 
         Raises:
-            InputError: an empty prompt, or sizes, steps, guidance or seeds out of range.
+            InputError: an empty prompt, an unknown solver, or sizes, steps, guidance or seeds out
+                of range.
         """
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of texts, not one text")
@@ -172,6 +173,7 @@ class Sampler:
             raise InputError("there are no prompts")
         seeds = _seeds(seed, len(prompts))
         check_request(height, width, num_steps, guidance_scale, seeds)
+        check_solver(solver)
 
         cond = self._encode(prompts)
         uncond = None
@@ -180,15 +182,15 @@ class Sampler:
             uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
         config = self.model.config
         x = initial_noise(seeds, config.in_channels, height, width).to(self.device)
-        times = sample_grid(num_steps, config.timestep_shift).to(self.device)
+        times = sample_grid(num_steps, config.timestep_shift).tolist()
+        path = Trajectory(x, times, solver)
         with self._inference_weights(use_ema):
-            for step in range(num_steps):
-                t, t_next = times[step].expand(len(prompts)), times[step + 1]
-                v = guided_velocity(self._forward, x, t, cond, uncond, guidance_scale)
-                x = euler_step(x, v, t, t_next.expand_as(t))
-                if callback is not None:
-                    callback(step + 1, num_steps, x)
-        return self.zoo.decode_latents(x, shift=config.latent_shift).float().clamp(0, 1)
+            while path.evaluations:
+                t = torch.full((len(prompts),), path.t, device=self.device)
+                v = guided_velocity(self._forward, path.x, t, cond, uncond, guidance_scale)
+                if path.advance(v) and callback is not None:
+                    callback(path.step, num_steps, path.x)
+        return self.zoo.decode_latents(path.x, shift=config.latent_shift).float().clamp(0, 1)
 
     def save_samples(
         self,
