@@ -463,7 +463,7 @@ class ImageEngine:
             with self._changed:
                 sample.previews += 1
                 if sample.previews >= MAX_PREVIEWS:
-                    self._turns.hold(sample)
+                    self._turns.hold(sample, True)
             self._decoder.submit(self._preview, sample, event, path.data(), made)
         if path.step == path.total:
             sample.denoised = True
@@ -481,7 +481,7 @@ class ImageEngine:
             self._batch = []
             for sample in batch:
                 sample.evaluations = sample.path.evaluations
-                if sample.denoised or sample.ticket.ended:
+                if sample.ticket.ended:
                     self._turns.remove(sample)
 
     # The decoder's thread
@@ -496,7 +496,7 @@ class ImageEngine:
             self._fail(sample, "a preview was decoded", error)
         with self._changed:
             sample.previews -= 1
-            self._turns.release(sample)
+            self._turns.hold(sample, False)
             self._changed.notify_all()
 
     def _finish(self, sample: _Sample, x: Tensor, made: "torch.cuda.Event | None") -> None:
