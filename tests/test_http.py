@@ -41,6 +41,9 @@ class Server:
         """One picture; the answer."""
         return self.http.post("/generate", json={"prompt": "red circle", **body})
 
+    def metrics(self):
+        return httpx.get(self.cluster.metrics).text
+
     def replica(self, model="tinyflux"):
         """What the model's one replica last said of itself."""
         told = self.http.get("/admin/replicas").json()["replicas"]
@@ -303,6 +306,7 @@ def test_a_killed_replica_loses_no_picture(server):
     assert steps[-1] == LONG
     assert same(base64.b64decode(events[-1][1]["image"]), expected[0])
     assert server.cluster.processes(b"model-tinyflux") != [before]
+    wait_for(lambda: "tinyflux_serve_lost_replicas_total{" in server.metrics(), 60)
 
 
 def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
@@ -330,21 +334,48 @@ def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
     assert answer.status_code == 422
 
 
+# Run as a driver: its request breaks the loop of the engine that draws it.
+BREAK = """
+import ray
+from ray import serve
+from tinyflux.serving.engine import ImageRequest
+
+class Breaks(int):
+    def __rmod__(self, other):
+        raise RuntimeError("the test breaks it")
+
+ray.init(logging_level="ERROR")
+handle = serve.get_deployment_handle("model-other", "tinyflux")
+request = ImageRequest("red circle", "", 9, 2.0, 16, 16, 0, preview_every=Breaks(1))
+print(list(handle.options(stream=True).draw.remote(request, False))[-1])
+"""
+
+
+def test_a_replica_whose_engine_broke_is_replaced_and_its_pictures_are_drawn(server):
+    wait_for(lambda: server.replica("other") is not None, 30)
+    before = server.replica("other")["replica"]
+    driver = subprocess.run(
+        [sys.executable, "-c", BREAK], env=server.cluster.environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "the engine's loop broke: RuntimeError('the test breaks it')" in driver.stdout
+    assert server.draw(model="other").status_code == 200
+    wait_for(lambda: (server.replica("other") or {}).get("replica", before) != before, 30)
+
+
 def test_ray_has_the_figures(server):
-    names = {
-        "queue_length", "batch_size", "step_seconds", "cached_prompts", "steps_total",
-        "requests_total", "latency_seconds_bucket", "first_preview_seconds_bucket",
-        "lost_replicas_total",
-    }  # fmt: skip
-
-    def missing():
-        text = httpx.get(server.cluster.metrics).text
-        return [name for name in names if f"ray_tinyflux_serve_{name}{{" not in text]
-
-    wait_for(lambda: not missing(), 60)
-    text = httpx.get(server.cluster.metrics).text
-    requests = [line for line in text.splitlines() if "tinyflux_serve_requests_total{" in line]
-    assert any('route="/generate"' in line and 'status="429"' in line for line in requests)
+    assert server.draw(num_steps="many").status_code == 422
+    body = {"prompt": "red circle", "num_steps": 8, "preview_every": 2}
+    server.http.post("/generate", json=body, headers={"Accept": "text/event-stream"})
+    wanted = [
+        *(f"ray_tinyflux_serve_{name}{{" for name in (
+            "queue_length", "batch_size", "step_seconds", "cached_prompts", "steps_total",
+        )),
+        *('tinyflux_serve_requests_total', 'route="/generate"', 'status="422"'),
+        'ray_tinyflux_serve_latency_seconds_bucket{',
+        'ray_tinyflux_serve_first_preview_seconds_bucket{', 'size="16"',
+    ]  # fmt: skip
+    wait_for(lambda: all(part in server.metrics() for part in wanted), 60)
 
 
 def test_prompts_and_keys_are_not_logged(server):
@@ -393,7 +424,7 @@ def test_the_page_draws_in_a_real_browser(server, browser, tmp_path):
     page.goto(server.url)
     error = page.locator("#error")
     error.wait_for()
-    assert error.inner_text() == "This server needs an API key: type it below the options."
+    assert error.inner_text() == "This server needs an API key: type it below."
     page.fill("#key", KEY)
     page.press("#key", "Tab")
     page.locator("#size option").first.wait_for(state="attached")

@@ -1,6 +1,7 @@
 """The whole HTTP side as one ASGI application."""
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 import tinyflux
@@ -23,7 +24,9 @@ def make_api(studio: Studio) -> FastAPI:
     )
     answer_mistakes(api)
     api.add_middleware(Guard, config=studio.config, keys=read_keys(studio.config.api_keys_file))
-    api.include_router(openai_routes(studio))
-    api.include_router(native_routes(studio))
+    # Only told here, for the pages at /docs; the guard is what checks.
+    bearer = [Security(HTTPBearer(auto_error=False))] if studio.config.api_keys_file else []
+    api.include_router(openai_routes(studio), dependencies=bearer)
+    api.include_router(native_routes(studio), dependencies=bearer)
     api.include_router(page_routes())
     return api

@@ -84,7 +84,7 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
             },
             max_ongoing_requests=_UNBOUNDED,
             graceful_shutdown_timeout_s=config.timeout_s,
-            health_check_period_s=5.0,
+            health_check_period_s=2.0,
             logging_config=quiet,
             **_scale(config),
         )

@@ -20,6 +20,8 @@ from tinyflux.serving.metrics import EngineMetrics
 from tinyflux.serving.pictures import png_bytes
 
 REPORT_SECONDS = 1.0
+# About how long Ray Serve takes to see that an engine is broken.
+BROKEN_SECONDS = 6.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,7 +63,7 @@ class Painter:
             yield Refused(400, str(error))
             return
         except TinyFluxError as error:
-            yield Refused(503, str(error), retry_after=1.0)
+            yield Refused(503, str(error), BROKEN_SECONDS)
             return
         try:
             yield Accepted()
@@ -78,7 +80,7 @@ class Painter:
         except InputError as error:
             yield Refused(400, str(error))
         except TinyFluxError as error:
-            yield Refused(503, str(error), retry_after=1.0)
+            yield Refused(503, str(error), BROKEN_SECONDS)
         finally:
             ticket.cancel()
 

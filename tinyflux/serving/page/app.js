@@ -55,7 +55,7 @@ async function learn(model) {
   if (answer.status === 401) {
     at("key-field").hidden = false;
     at("key").focus();
-    throw new Error("This server needs an API key: type it below the options");
+    throw new Error("This server needs an API key: type it below");
   }
   if (!answer.ok) throw new Error(await sentence(answer));
   info = await answer.json();
@@ -121,6 +121,8 @@ function body() {
 function busy(is) {
   at("draw").disabled = is;
   at("stop").hidden = !is;
+  at("idle").hidden = is;
+  at("busy").hidden = !is;
   at("progress").hidden = !is;
   at("stage").setAttribute("aria-busy", String(is));
 }
