@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def job(tmp_path):
-    """The job's process and its address; it has no keys, and five seconds for a picture."""
+    """The job's process, its address and its log; it has no keys, and five seconds for a picture."""
     place = make_place(tmp_path)
     run = RunConfig(
         run_dir=str(place / "run"),
@@ -34,6 +34,7 @@ def job(tmp_path):
             max_width=32,
             default_size=16,
             timeout_s=5.0,
+            log_prompts=True,
         ),
     )
     save_run_config(run, place / "run.yaml")
@@ -51,7 +52,7 @@ def job(tmp_path):
 
         try:
             wait_for(up, 240)
-            yield process, url
+            yield process, url, place / "serve.log"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -59,7 +60,7 @@ def job(tmp_path):
 
 
 def test_the_job_keeps_its_time_and_draws_what_it_accepted_before_it_ends(job):
-    process, url = job
+    process, url, log = job
     body = {"prompt": "red circle", "num_steps": 1000, "width": 128, "height": 128}
     started = time.monotonic()
     late = httpx.post(f"{url}/generate", json=body, timeout=60)
@@ -84,3 +85,4 @@ def test_the_job_keeps_its_time_and_draws_what_it_accepted_before_it_ends(job):
         asked.join()
     assert said == [200]
     assert process.wait(120) == 0
+    assert "tinyflux draws 'red circle' (not '')" in log.read_text()  # as its config asks

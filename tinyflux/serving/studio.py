@@ -71,7 +71,7 @@ class Studio:
             ApiError: it is refused, not drawn in time, or lost with too many replicas.
         """
         if self.config.log_prompts:
-            logger.info("%s draws '%s' (not '%s')", model, request.prompt, request.negative_prompt)
+            logger.info("%s draws %r (not %r)", model, request.prompt, request.negative_prompt)
         started, accepted, told, lost = time.monotonic(), False, 0, 0
         clock = self._metrics.clock(model, request.height, request.width)
         while lost < MAX_TRIES:
