@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def job(tmp_path):
-    """The job's process, its address and its log; it has no keys, and five seconds for a picture."""
+    """The process, its address and its log; it has no keys, and five seconds for a picture."""
     place = make_place(tmp_path)
     run = RunConfig(
         run_dir=str(place / "run"),
