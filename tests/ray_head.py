@@ -31,20 +31,22 @@ class Cluster:
     """A Ray of one node, and its job command."""
 
     def __init__(self, folder: Path, log: Path):
-        ports = free_ports(4)
+        ports = free_ports(5)
+        self.metrics = f"http://127.0.0.1:{ports[4]}/metrics"
         self.address = f"http://127.0.0.1:{ports[1]}"
         # For a driver that is started by hand.
         self.environment = {
             **ENVIRONMENT, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "PYTHONPATH": str(ROOT)
         }  # fmt: skip
-        self._log = log
+        self.folder, self._log = folder, log
         self._commands: list[subprocess.Popen[str]] = []
         with log.open("w") as output:
             self._head = subprocess.Popen(
                 [*RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
                  "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={ports[0]}",
                  f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
-                 f"--ray-client-server-port={ports[3]}", f"--temp-dir={folder}",
+                 f"--ray-client-server-port={ports[3]}", f"--metrics-export-port={ports[4]}",
+                 f"--temp-dir={folder}",
                  "--object-store-memory=100000000"],
                 env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip

@@ -108,12 +108,14 @@ def _parse(arguments: Sequence[str], prog: str, model: TinyFluxConfig) -> Namesp
 
 
 def _names(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every setting and section."""
+    """Dotted names of every setting and section, and ``name.*`` where any key is a setting."""
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
         yield prefix + item.name
         if dataclasses.is_dataclass(inner):
             yield from _names(inner, f"{prefix}{item.name}.")
+        elif isinstance(inner, dict):
+            yield f"{prefix}{item.name}.*"
 
 
 def _keys(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -124,7 +126,7 @@ def _keys(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _check_name(name: str, names: set[str], where: str) -> None:
-    if name not in names:
+    if name not in names and f"{name.rpartition('.')[0]}.*" not in names:
         raise ConfigError(f"{where}{name} is not a setting{nearest(name, names)}")
 
 
@@ -153,7 +155,8 @@ def _resolve_paths(run: RunConfig) -> None:
     run.run_dir = os.path.abspath(run.run_dir)
     run.sample.checkpoint = run.sample.checkpoint or f"{run.run_dir}/final"
     run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/drawn"
-    run.serve.checkpoint = run.serve.checkpoint or f"{run.run_dir}/final"
+    if not run.serve.models:
+        run.serve.checkpoint = run.serve.checkpoint or f"{run.run_dir}/final"
     for section, name in (
         (run.data, "folder"),
         (run.cache, "path"),
@@ -161,10 +164,15 @@ def _resolve_paths(run: RunConfig) -> None:
         (run.sample, "output_dir"),
         (run.sample, "prompts_file"),
         (run.serve, "checkpoint"),
+        (run.serve, "api_keys_file"),
         *((run.zoo, f"{repo}_repo") for repo in ("vae", "t5", "clip", "experts", "sd")),
     ):
-        value = getattr(section, name)
-        # A name with one slash that is no file here is a hub repository.
-        local = value and "://" not in value and (os.path.exists(value) or value.count("/") != 1)
-        if local and ":" not in value:
-            setattr(section, name, os.path.abspath(value))
+        if value := getattr(section, name):
+            setattr(section, name, _resolved(value))
+    run.serve.models = {name: _resolved(place) for name, place in run.serve.models.items()}
+
+
+def _resolved(value: str) -> str:
+    # A name with one slash that is no file here is a hub repository.
+    local = "://" not in value and (os.path.exists(value) or value.count("/") != 1)
+    return os.path.abspath(value) if local and ":" not in value else value

@@ -1,134 +1,143 @@
-"""The HTTP server: Ray Serve around :class:`ImageEngine`."""
+"""The server: Ray Serve deployments, and the command that runs them.
 
-import asyncio
+``api`` answers HTTP and calls ``model-NAME``, whose replicas hold an engine each; ``board`` is what
+they share.
+"""
+
 import logging
 import os
-import random
+import re
 import signal
 import threading
-import time
+from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI
 from ray import serve
 
 from tinyflux.distributed.ray_session import ensure_ray
-from tinyflux.errors import InputError, TinyFluxError
+from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.zoo import ZooConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
-from tinyflux.util.config import from_dict, to_dict
+from tinyflux.serving.api import make_api
+from tinyflux.serving.board import Board
+from tinyflux.serving.engine import ImageEngine, ServeConfig
+from tinyflux.serving.keys import check_exposure, read_keys
+from tinyflux.serving.painter import Painter
+from tinyflux.serving.studio import Studio
 
 APP_NAME = "tinyflux"
-MAX_SEED = 2**53 - 1  # what JSON numbers hold exactly
+# Engines refuse what they have no room for, so nothing may wait where it cannot be refused.
+_UNBOUNDED = 100_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-class GenerateBody(BaseModel):
-    """``POST /generate``. Sizes are in pixels; a seed left out is drawn and told in the answer."""
+def served_models(config: ServeConfig) -> dict[str, str]:
+    """Checkpoints by the names that requests use; the first is the default.
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(min_length=1)
-    negative_prompt: str = ""
-    num_steps: int = Field(default=28, ge=1)
-    guidance_scale: float = Field(default=5.0, ge=0, le=100)
-    height: int = Field(default=512, ge=1)
-    width: int = Field(default=512, ge=1)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-
-
-def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error in the shape of OpenAI's API."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
-    return JSONResponse(body, status_code=status)
-
-
-def _api(max_body_bytes: int) -> FastAPI:
-    """An app without routes that answers every mistake with one sentence."""
-    api = FastAPI(title="TinyFlux", description="Pictures from prompts.")
-
-    @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return _error(400, "the body is not valid JSON")
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = "is not a known field" if first["type"] == "extra_forbidden" else first["msg"]
-        return _error(422, f"{place or 'the body'}: {what}", place or None)
-
-    @api.exception_handler(InputError)
-    async def refused(request: Request, error: InputError) -> JSONResponse:
-        return _error(400, str(error))
-
-    @api.middleware("http")
-    async def bounded(request: Request, call_next: Any) -> Response:
-        if request.method in ("POST", "PUT", "PATCH"):
-            length = request.headers.get("content-length", "")
-            if not length.isdigit():
-                return _error(411, "a request must say its Content-Length")
-            if int(length) > max_body_bytes:
-                return _error(413, f"the body has {length} bytes, the limit is {max_body_bytes}")
-        return await call_next(request)
-
-    return api
+    Raises:
+        ConfigError: there is none, or a name that cannot be one.
+    """
+    models = {} if config.checkpoint is None else {APP_NAME: config.checkpoint}
+    models |= config.models
+    if not models:
+        raise ConfigError("there is nothing to serve: set serve.checkpoint or serve.models")
+    for name in models:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"serve.models: '{name}' cannot be a name: use letters, digits, '_' and '-'"
+            )
+    return models
 
 
 def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
-    """The Ray Serve application; every replica loads the checkpoint once."""
-    api = _api(config.max_body_bytes)
+    """The Ray Serve application; every replica of a model loads its checkpoint once.
 
-    @serve.deployment(
-        name="images",
-        num_replicas=config.num_replicas,
-        ray_actor_options={
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
-        },
+    Raises:
+        ConfigError: the config cannot work, or would serve the network without keys.
+    """
+    check_exposure(config)
+    read_keys(config.api_keys_file)
+    names, at = list(served_models(config)), _deployment_name
+    free = {"num_cpus": 0}  # they wait, engines work
+    quiet = {"enable_access_log": False}  # the API's own log has every request
+
+    def api() -> FastAPI:
+        app = serve.get_replica_context().app_name
+        painters = {name: serve.get_deployment_handle(at(name), app) for name in names}
+        return make_api(Studio(config, painters, serve.get_deployment_handle("board", app)))
+
+    board = serve.deployment(Board).options(
+        name="board",
+        num_replicas=1,
+        ray_actor_options=free,
+        max_ongoing_requests=_UNBOUNDED,
+        logging_config=quiet,
     )
-    @serve.ingress(api)
-    class Images:
-        def __init__(self, settings: dict[str, Any]):
-            self._engine = ImageEngine(
-                from_dict(ServeConfig, settings["serve"], "serve"),
-                from_dict(ZooConfig, settings["zoo"], "zoo"),
-            )
+    shared = board.bind(config)
+    painters = [
+        serve.deployment(Painter)
+        .options(
+            name=at(name),
+            ray_actor_options={
+                "num_cpus": config.cpus_per_replica,
+                "num_gpus": config.gpus_per_replica,
+            },
+            max_ongoing_requests=_UNBOUNDED,
+            graceful_shutdown_timeout_s=config.timeout_s,
+            health_check_period_s=2.0,
+            logging_config=quiet,
+            **_scale(config),
+        )
+        .bind(config, zoo, name, checkpoint, shared)
+        for name, checkpoint in served_models(config).items()
+    ]
+    door = serve.deployment(serve.ingress(api)()).options(
+        name="api",
+        num_replicas=config.http_replicas,
+        ray_actor_options=free,
+        max_ongoing_requests=_UNBOUNDED,
+        graceful_shutdown_timeout_s=config.timeout_s,
+    )
+    # Bound for their place in the application: the API finds them by name.
+    return door.bind(shared, *painters)
 
-        @api.post("/generate", response_class=Response)
-        async def generate(self, body: GenerateBody) -> Response:
-            """Draw one picture; the answer is a PNG, its seed in the header ``X-Seed``."""
-            seed = random.randrange(2**31) if body.seed is None else body.seed
-            request = ImageRequest(**{**body.model_dump(), "seed": seed})
-            started = time.monotonic()
-            # In a thread, so that health checks are answered meanwhile.
-            png = await asyncio.to_thread(self._engine.generate, request)
-            headers = {"X-Seed": str(seed), "X-Seconds": f"{time.monotonic() - started:.3f}"}
-            return Response(png, media_type="image/png", headers=headers)
 
-        @api.get("/healthz")
-        async def healthz(self) -> dict[str, str]:
-            """Whether pictures can be drawn."""
-            return {"status": "ok"}
+def _deployment_name(model: str) -> str:
+    return f"model-{model}"
 
-        @api.get("/v1/models")
-        async def models(self) -> dict[str, Any]:
-            """The models that are served."""
-            return {"object": "list", "data": [{"id": APP_NAME, "object": "model"}]}
 
-    return Images.bind({"serve": to_dict(config), "zoo": to_dict(zoo)})  # type: ignore[attr-defined]
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    """As many replicas as keep each one's batch about full."""
+    if not 1 <= config.min_replicas <= config.max_replicas:
+        raise ConfigError(
+            f"serve.min_replicas {config.min_replicas} and serve.max_replicas "
+            f"{config.max_replicas} must be at least 1, and in this order"
+        )
+    if config.min_replicas == config.max_replicas:
+        return {"num_replicas": config.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.max_batch,
+            "upscale_delay_s": 10.0,
+            "downscale_delay_s": 300.0,
+        }
+    }
 
 
 def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
-    """Serve until interrupted or terminated.
+    """Serve until interrupted or terminated; what was accepted is drawn before it ends.
 
     Raises:
         TinyFluxError: the checkpoint or the models cannot be opened, or the port is taken.
     """
     import ray
 
-    ImageEngine(config, zoo)  # a mistake is told here, not by a replica that restarts for ever
+    application, models = build_app(config, zoo), served_models(config)
+    for checkpoint in models.values():
+        # A mistake is told here, not by a replica that restarts for ever.
+        ImageEngine(replace(config, checkpoint=checkpoint), zoo).close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ensure_ray()
@@ -138,11 +147,13 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
-        serve.run(build_app(config, zoo), name=APP_NAME, route_prefix="/")
+        serve.run(application, name=APP_NAME, route_prefix="/")
         address = f"http://{config.host}:{config.port}"
-        print(f"serving {config.checkpoint} at {address} (docs at {address}/docs)", flush=True)
+        print(f"serving {', '.join(models.values())} at {address} (docs at {address}/docs)",
+              flush=True)  # fmt: skip
         stop.wait()
         print("serving ends", flush=True)
+        serve.delete(APP_NAME)  # drains; shutdown alone would cut requests off
     except (RuntimeError, OSError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise TinyFluxError(f"the server could not start: {reason}") from error

@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,29 +49,55 @@ class ServeConfig:
     Attributes:
         host, port: where it listens; loopback by default.
         checkpoint: a directory, file or hub repository; None is the run's ``final``.
-        num_replicas, cpus_per_replica, gpus_per_replica: what Ray Serve runs.
+        models: more checkpoints, by the names that requests use.
+        min_replicas, max_replicas: of each model; Ray Serve keeps each one's batch about full.
+        cpus_per_replica, gpus_per_replica: what a replica takes.
+        http_replicas: processes that answer HTTP.
+        watch_checkpoint: swap in a checkpoint when its files change.
+        default_size, default_steps, default_guidance: of a request that says nothing; a side in
+            pixels.
         max_steps, max_prompt_chars: limits of a request; ``max_height`` and ``max_width`` are in
             latents.
+        max_n: pictures of one request.
         max_body_bytes: of a request.
         max_batch: pictures of one forward; one with guidance takes two of its rows.
         max_queue: requests that may wait beside ``max_batch`` that are drawn.
         prompt_cache: encoded prompts that are kept.
+        timeout_s: from a request to its picture, waiting included.
+        keep_pictures, keep_seconds: how many pictures are kept for ``url`` answers, how long.
+        api_keys_file: one key a line; None asks for no key.
+        allow_public: serve others than this machine without keys.
+        log_prompts: write prompts to the log.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     checkpoint: str | None = None
-    num_replicas: int = 1
+    models: dict[str, str] = field(default_factory=dict)
+    min_replicas: int = 1
+    max_replicas: int = 1
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
+    http_replicas: int = 1
+    watch_checkpoint: bool = False
+    default_size: int = 512
+    default_steps: int = 28
+    default_guidance: float = 5.0
     max_steps: int = 100
     max_height: int = 128
     max_width: int = 128
     max_prompt_chars: int = 1000
+    max_n: int = 4
     max_body_bytes: int = 65536
     max_batch: int = 8
     max_queue: int = 64
     prompt_cache: int = 256
+    timeout_s: float = 300.0
+    keep_pictures: int = 256
+    keep_seconds: float = 3600.0
+    api_keys_file: str | None = None
+    allow_public: bool = False
+    log_prompts: bool = False
 
 
 @dataclass(eq=False)

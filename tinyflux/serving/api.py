@@ -1,0 +1,32 @@
+"""The whole HTTP side as one ASGI application."""
+
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
+
+import tinyflux
+from tinyflux.serving.guard import Guard
+from tinyflux.serving.keys import read_keys
+from tinyflux.serving.native import native_routes
+from tinyflux.serving.openai import openai_routes
+from tinyflux.serving.page import page_routes
+from tinyflux.serving.refusals import answer_mistakes
+from tinyflux.serving.studio import Studio
+
+
+def make_api(studio: Studio) -> FastAPI:
+    """Routes, errors and limits around ``studio``; ``/docs`` needs nothing from elsewhere."""
+    api = FastAPIOffline(
+        title="TinyFlux",
+        description="Pictures from prompts.",
+        version=tinyflux.__version__,
+        redoc_url=None,
+    )
+    answer_mistakes(api)
+    api.add_middleware(Guard, config=studio.config, keys=read_keys(studio.config.api_keys_file))
+    # Only told here, for the pages at /docs; the guard is what checks.
+    bearer = [Security(HTTPBearer(auto_error=False))] if studio.config.api_keys_file else []
+    api.include_router(openai_routes(studio), dependencies=bearer)
+    api.include_router(native_routes(studio), dependencies=bearer)
+    api.include_router(page_routes())
+    return api

@@ -1,0 +1,159 @@
+"""TinyFlux's own API: every option of the sampler, previews, health and reloading."""
+
+import base64
+import random
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, get_args
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from tinyflux.serving.engine import ImageRequest
+from tinyflux.serving.events import Drawn, Event, Step
+from tinyflux.serving.fields import MAX_SEED, Solver
+from tinyflux.serving.refusals import ApiError
+from tinyflux.serving.sse import SSE_HEADERS, server_sent
+from tinyflux.serving.studio import Studio
+
+
+class GenerateBody(BaseModel):
+    """``POST /generate``.
+
+    Sizes are in pixels; what is left out is the server's default, and a seed is drawn.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    negative_prompt: str = ""
+    model: str | None = Field(default=None, description="from GET /v1/models")
+    num_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    solver: Solver = "euler"
+    preview_every: int = Field(default=0, ge=0, description="steps between previews; 0 is none")
+
+
+class ReloadBody(BaseModel):
+    """``POST /admin/reload``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(default=None, description="from GET /v1/models")
+
+
+def native_routes(studio: Studio) -> APIRouter:
+    """Everything that OpenAI's API has no word for."""
+    routes, config = APIRouter(tags=["TinyFlux"]), studio.config
+
+    @routes.post("/generate", response_class=Response)
+    async def generate(body: GenerateBody, http: Request) -> Response:
+        """Draw one picture.
+
+        The answer is a PNG, its seed in the header `X-Seed`. With `Accept: text/event-stream` it
+        is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`.
+        """
+        model, request = studio.choose(body.model), _request(studio, body)
+        started = time.monotonic()
+        if "text/event-stream" in http.headers.get("accept", ""):
+            events = studio.draw(model, request, every_step=True)
+            await anext(events)  # accepted; refusals are answers with a status of their own
+            return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
+        png = await studio.picture(model, request)
+        headers = {"X-Seed": str(request.seed), "X-Seconds": f"{time.monotonic() - started:.3f}"}
+        return Response(png, media_type="image/png", headers=headers)
+
+    @routes.get("/info")
+    async def info(model: str | None = None) -> dict[str, Any]:
+        """What can be asked for: models, solvers, limits and defaults."""
+        chosen = studio.choose(model)
+        return {
+            "model": chosen,
+            "models": studio.models,
+            "solvers": list(get_args(Solver)),
+            "limits": {
+                **await studio.limits(chosen),
+                "max_steps": config.max_steps,
+                "max_n": config.max_n,
+                "max_prompt_chars": config.max_prompt_chars,
+            },
+            "defaults": {
+                "size": config.default_size,
+                "steps": config.default_steps,
+                "guidance": config.default_guidance,
+            },
+        }
+
+    @routes.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the server is alive."""
+        return {"status": "ok"}
+
+    @routes.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """Whether every model can draw now."""
+        for model in studio.models:
+            if not await studio.ready(model):
+                raise ApiError(503, f"the model '{model}' is not ready", retry_after=1)
+        return {"status": "ready"}
+
+    @routes.get("/admin/replicas")
+    async def replicas() -> dict[str, Any]:
+        """What every replica says of itself: its batch, its queue, its reloads."""
+        return {"replicas": await studio.replicas()}
+
+    @routes.post("/admin/reload", status_code=202)
+    async def reload(body: ReloadBody) -> dict[str, str]:
+        """Have every replica of a model read its checkpoint again; requests go on meanwhile.
+
+        Needs a server with API keys. `GET /admin/replicas` counts reloads as they are done.
+        """
+        if config.api_keys_file is None:
+            raise ApiError(
+                403, "reloading needs a server with API keys: its owner sets serve.api_keys_file"
+            )
+        model = studio.choose(body.model)
+        await studio.reload(model)
+        return {"model": model, "status": "reloading"}
+
+    return routes
+
+
+def _request(studio: Studio, body: GenerateBody) -> ImageRequest:
+    config = studio.config
+    values = body.model_dump(exclude={"model"}, exclude_none=True)
+    return ImageRequest(
+        **{
+            "num_steps": config.default_steps,
+            "guidance_scale": config.default_guidance,
+            "height": config.default_size,
+            "width": config.default_size,
+            "seed": random.randrange(2**31),
+            **values,
+        }
+    )
+
+
+async def _stream(
+    events: AsyncGenerator[Event, None], request: ImageRequest, started: float
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        yield server_sent("accepted", {"seed": request.seed})
+        try:
+            async for event in events:
+                if isinstance(event, Step):
+                    preview = event.preview and base64.b64encode(event.preview).decode()
+                    told = {"step": event.step, "total": event.total, "preview": preview}
+                    yield server_sent("step", told)
+                elif isinstance(event, Drawn):
+                    seconds = round(time.monotonic() - started, 3)
+                    image = base64.b64encode(event.png).decode()
+                    last = {"seed": request.seed, "seconds": seconds, "image": image}
+                    yield server_sent("finished", last)
+        except ApiError as error:
+            yield server_sent("error", error.body())

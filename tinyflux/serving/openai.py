@@ -1,0 +1,188 @@
+"""OpenAI's Images API, as far as a text-to-image model can answer it."""
+
+import asyncio
+import base64
+import random
+import re
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from math import ceil
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from tinyflux.serving.engine import ImageRequest
+from tinyflux.serving.events import Drawn, Event, Step
+from tinyflux.serving.fields import MAX_SEED, Solver
+from tinyflux.serving.refusals import ApiError
+from tinyflux.serving.sse import SSE_HEADERS, server_sent
+from tinyflux.serving.studio import Studio
+
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+
+
+class ImagesBody(BaseModel):
+    """``POST /v1/images/generations``.
+
+    The last five fields are TinyFlux's own: `extra_body` of OpenAI's clients. `quality`,
+    `background`, `moderation`, `output_format` and `user` are taken for clients that send them and
+    change nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+    model: str | None = Field(default=None, description="from GET /v1/models")
+    n: int | None = Field(default=None, ge=1, description="pictures; the i-th has seed + i")
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto")
+    response_format: Literal["b64_json", "url"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    user: str | None = Field(default=None, max_length=1000)
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    output_format: Literal["png"] | None = None
+    negative_prompt: str = ""
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0, le=100)
+    solver: Solver = "euler"
+
+
+def openai_routes(studio: Studio) -> APIRouter:
+    """``/v1``: models, pictures, and the pictures that are kept for ``url``."""
+    routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), studio.config, _now()
+
+    def listed(model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": started, "owned_by": "tinyflux"}
+
+    @routes.get("/models")
+    async def models() -> dict[str, Any]:
+        """The models that are served; the first is the default."""
+        return {"object": "list", "data": [listed(model) for model in studio.models]}
+
+    @routes.get("/models/{model}")
+    async def model(model: str) -> dict[str, Any]:
+        """One of the models that are served."""
+        return listed(studio.choose(model))
+
+    @routes.post("/images/generations", response_model=None)
+    async def generations(body: ImagesBody, http: Request) -> dict[str, Any] | Response:
+        """Draw pictures; with `stream`, server-sent events with partial pictures."""
+        model, count = studio.choose(body.model), body.n or 1
+        if count > config.max_n:
+            raise ApiError(400, f"n must be from 1 to {config.max_n}, not {count}", "n")
+        requests = _requests(studio, body, count)
+        size = f"{requests[0].width}x{requests[0].height}"
+        if body.stream:
+            if count > 1:
+                raise ApiError(400, "a stream is of one picture: leave out n", "n")
+            if body.response_format == "url":
+                raise ApiError(400, "a stream has b64_json pictures only", "response_format")
+            events = studio.draw(model, requests[0])
+            await anext(events)  # accepted; refusals are answers with a status of their own
+            stream = _stream(events, body.partial_images or 0, size)
+            return StreamingResponse(stream, headers=SSE_HEADERS)
+        if body.partial_images:
+            raise ApiError(400, "partial_images needs stream: true", "partial_images")
+        pictures = await _all([studio.picture(model, request) for request in requests])
+        data: list[dict[str, Any]] = []
+        for request, png in zip(requests, pictures, strict=True):
+            if body.response_format == "url":
+                name = await studio.keep(png)
+                place = {"url": f"{http.base_url}v1/images/files/{name}.png"}
+            else:
+                place = {"b64_json": base64.b64encode(png).decode()}
+            data.append({**place, "seed": request.seed})
+        return {"created": _now(), "data": data, "size": size, "output_format": "png"}
+
+    @routes.get("/images/files/{name}.png", response_class=Response)
+    async def file(name: str) -> Response:
+        """A picture that was asked for as `url`, for as long as it is kept."""
+        png = await studio.kept(name)
+        if png is None:
+            raise ApiError(404, "this picture is not kept any more, or never was")
+        return Response(png, media_type="image/png", headers={"Cache-Control": "private"})
+
+    return routes
+
+
+def _requests(studio: Studio, body: ImagesBody, count: int) -> list[ImageRequest]:
+    config = studio.config
+    width = height = config.default_size
+    if body.size not in (None, "auto"):
+        match = _SIZE.fullmatch(body.size)
+        if match is None:
+            raise ApiError(
+                400, f"size must be 'auto' or such as '512x512', not '{body.size:.40}'", "size"
+            )
+        width, height = int(match[1]), int(match[2])
+    steps = config.default_steps if body.steps is None else body.steps
+    partial = body.partial_images or 0
+    seed = random.randrange(2**31) if body.seed is None else body.seed
+    return [
+        ImageRequest(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            num_steps=steps,
+            guidance_scale=config.default_guidance if body.guidance is None else body.guidance,
+            height=height,
+            width=width,
+            seed=seed + index,
+            solver=body.solver,
+            preview_every=ceil(steps / (partial + 1)) if body.stream and partial else 0,
+        )
+        for index in range(count)
+    ]
+
+
+async def _all(pictures: list[Any]) -> list[bytes]:
+    """All of them, or the first error with the others cancelled."""
+    tasks = [asyncio.ensure_future(picture) for picture in pictures]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _stream(
+    events: AsyncGenerator[Event, None], partial: int, size: str
+) -> AsyncGenerator[bytes, None]:
+    """The rest of ``events`` as OpenAI names them, with at most ``partial`` pictures before the
+    last."""
+    common = {"size": size, "output_format": "png", "quality": "auto", "background": "opaque"}
+    sent = 0
+    async with aclosing(events):
+        try:
+            async for event in events:
+                if isinstance(event, Drawn):
+                    kind, png = "image_generation.completed", event.png
+                    more: dict[str, Any] = {"usage": _NO_TOKENS}
+                elif isinstance(event, Step) and event.preview is not None and sent < partial:
+                    kind, png = "image_generation.partial_image", event.preview
+                    more = {"partial_image_index": sent}
+                    sent += 1
+                else:
+                    continue
+                picture = {"b64_json": base64.b64encode(png).decode(), "created_at": _now()}
+                yield server_sent(kind, {"type": kind, **picture, **more, **common})
+        except ApiError as error:
+            yield server_sent("error", error.body())
+
+
+# Pictures are not billed here; OpenAI's clients expect the field.
+_NO_TOKENS = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+
+
+def _now() -> int:
+    return int(time.time())

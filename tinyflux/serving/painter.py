@@ -1,0 +1,145 @@
+"""The replica of an engine: it draws, says how it is, and follows its checkpoint."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from tinyflux.errors import InputError, OverloadedError, TinyFluxError
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
+from tinyflux.serving.metrics import EngineMetrics
+from tinyflux.serving.pictures import png_bytes
+
+REPORT_SECONDS = 1.0
+# About how long Ray Serve takes to see that an engine is broken.
+BROKEN_SECONDS = 6.0
+
+logger = logging.getLogger("ray.serve")
+
+
+class Painter:
+    """One model's engine in a Ray Serve replica.
+
+    Args:
+        name: the model's, as requests say it.
+        checkpoint: what it serves; read again when the board calls for it, or when it changes
+            and ``config.watch_checkpoint`` is set.
+        board: the handle of :class:`~tinyflux.serving.board.Board`.
+    """
+
+    def __init__(self, config: ServeConfig, zoo: ZooConfig, name: str, checkpoint: str, board: Any):
+        self._name, self._checkpoint, self._board = name, checkpoint, board
+        self._watch = config.watch_checkpoint
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._metrics = EngineMetrics(name)
+        self._seen = signature(checkpoint)
+        self._engine = ImageEngine(dataclasses.replace(config, checkpoint=checkpoint), zoo)
+        self._reloads, self._mistake = 0, ""
+        self._ended = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._follower.start()
+
+    async def draw(self, request: ImageRequest, every_step: bool) -> AsyncGenerator[Event, None]:
+        """Draw one picture; a caller that goes away frees its place in the batch.
+
+        Args:
+            every_step: tell of steps without a preview, too.
+        """
+        try:
+            ticket = self._engine.submit(request)
+        except OverloadedError as error:
+            yield Refused(429, str(error), error.retry_after)
+            return
+        except InputError as error:
+            yield Refused(400, str(error))
+            return
+        except TinyFluxError as error:
+            yield Refused(503, str(error), BROKEN_SECONDS)
+            return
+        try:
+            yield Accepted()
+            async for event in ticket.events():
+                if isinstance(event, Finished):
+                    yield Drawn(await asyncio.to_thread(png_bytes, event.image))
+                    return
+                preview = event.preview
+                if preview is not None:
+                    png = await asyncio.to_thread(png_bytes, preview)
+                    yield Step(event.step, event.total, png)
+                elif every_step:
+                    yield Step(event.step, event.total, None)
+        except InputError as error:
+            yield Refused(400, str(error))
+        except TinyFluxError as error:
+            yield Refused(503, str(error), BROKEN_SECONDS)
+        finally:
+            ticket.cancel()
+
+    async def limits(self) -> dict[str, int]:
+        """The sizes that can be asked for, in pixels."""
+        return self._engine.pixel_limits()
+
+    def check_health(self) -> None:
+        """Raise if the engine's loop is dead: Ray Serve then starts another replica."""
+        self._engine.check_health()
+
+    def __del__(self) -> None:
+        if ended := getattr(self, "_ended", None):
+            ended.set()
+            self._engine.close(drain=False)
+
+    def _follow(self) -> None:
+        """Report, and read the checkpoint again when that is called for."""
+        # A call from before this replica was there has been answered by its start.
+        answered = self._report(None)
+        while not self._ended.wait(REPORT_SECONDS):
+            called, answered = answered, self._report(answered)
+            if called != answered or (self._watch and self._changed()):
+                self._reload()
+
+    def _report(self, last: str | None) -> str | None:
+        """Tell the board how it goes; its call to reload, or ``last`` if it does not answer."""
+        stats = self._engine.stats()
+        self._metrics.tell(stats)
+        figures = {**stats, "reloads": self._reloads, "mistake": self._mistake}
+        report = self._board.report.remote(self._name, self._replica, figures)
+        try:
+            return report.result(timeout_s=REPORT_SECONDS) or last
+        except Exception as error:  # a board that restarts is asked again
+            logger.warning("the board does not answer: %s", type(error).__name__)
+            return last
+
+    def _changed(self) -> bool:
+        """Whether the checkpoint is another than the last one read, and is whole."""
+        now = signature(self._checkpoint)
+        return now is not None and now != self._seen
+
+    def _reload(self) -> None:
+        seen = signature(self._checkpoint)
+        try:
+            self._engine.swap(self._checkpoint)
+        except Exception as error:  # whatever is wrong with the new weights, the old ones serve
+            self._mistake = str(error)
+            logger.error("%s keeps its weights: %s", self._name, error)
+        else:
+            self._reloads, self._mistake = self._reloads + 1, ""
+        self._seen = seen
+
+
+def signature(checkpoint: str) -> tuple[tuple[str, int, int], ...] | None:
+    """What changes when a checkpoint on this machine is replaced; None where there is none."""
+    path = Path(checkpoint)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    with contextlib.suppress(OSError):
+        stats = [(str(file), os.stat(file)) for file in files]
+        return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats) or None
+    return None

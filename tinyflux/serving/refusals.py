@@ -1,0 +1,106 @@
+"""Errors as OpenAI's API has them: a status, and one sentence in ``error.message``."""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tinyflux.errors import InputError
+from tinyflux.serving.events import Refused
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_SENTENCES = {404: "there is nothing at this address", 405: "this address has no such method"}
+
+
+class ApiError(Exception):
+    """A request that gets no picture.
+
+    Attributes:
+        param: the field at fault.
+        code: OpenAI's word for the mistake.
+        retry_after: seconds after which another try may do better.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, refused: Refused) -> "ApiError":
+        """What an engine refused."""
+        code = "overloaded" if refused.status == 429 else None
+        return cls(refused.status, refused.message, code=code, retry_after=refused.retry_after)
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {...}}``."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def answer(self) -> JSONResponse:
+        """The whole answer, with ``Retry-After`` where it is known."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(max(1, ceil(self.retry_after)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    first: Mapping[str, Any] = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON")
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        what = "is not a known field"
+    elif first["type"] == "missing":
+        what = "is missing"
+    elif first["type"] == "value_error":
+        what = str(first["ctx"]["error"])
+    else:
+        what = first["msg"][:1].lower() + first["msg"][1:]
+    return ApiError(422, f"{place or 'the body'}: {what}", place or None)
+
+
+def answer_mistakes(api: FastAPI) -> None:
+    """Make ``api`` answer every mistake with one sentence."""
+
+    @api.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return error.answer()
+
+    @api.exception_handler(InputError)
+    async def mistaken(request: Request, error: InputError) -> JSONResponse:
+        return ApiError(400, str(error)).answer()
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _invalid(error).answer()
+
+    @api.exception_handler(HTTPException)
+    async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
+        sentence = _SENTENCES.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, sentence).answer()
+
+    @api.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "the server failed at this request; its log says how").answer()

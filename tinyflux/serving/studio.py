@@ -1,0 +1,174 @@
+"""The HTTP side's way to the engines: it waits, tries again and gives up in good time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+
+from tinyflux.serving.engine import ImageRequest, ServeConfig
+from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
+from tinyflux.serving.metrics import PictureMetrics
+from tinyflux.serving.refusals import ApiError
+
+# A picture that is lost with its replica is drawn again; one that kills replicas is not for ever.
+MAX_TRIES = 3
+READY_SECONDS = 2.0
+
+logger = logging.getLogger("ray.serve")
+
+
+class Studio:
+    """Draws with whichever replica has room.
+
+    Args:
+        painters: handles of :class:`~tinyflux.serving.painter.Painter` by model; the first is
+            for requests that name none.
+        board: the handle of :class:`~tinyflux.serving.board.Board`.
+    """
+
+    def __init__(self, config: ServeConfig, painters: dict[str, Any], board: Any):
+        self.config, self._painters, self._board = config, painters, board
+        self._metrics = PictureMetrics()
+        self._limits: dict[str, dict[str, int]] = {}
+
+    @property
+    def models(self) -> list[str]:
+        """Names of what is served, the default first."""
+        return list(self._painters)
+
+    def choose(self, model: str | None) -> str:
+        """The model that a request means.
+
+        Raises:
+            ApiError: 404, there is none of that name.
+        """
+        if model is None:
+            return self.models[0]
+        if model not in self._painters:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404, f"there is no model '{model:.60}': {known}", "model", "model_not_found"
+            )
+        return model
+
+    async def draw(
+        self, model: str, request: ImageRequest, every_step: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """What happens to one picture: previews, and in the end :class:`Drawn`.
+
+        A replica that dies takes nothing with it: another one draws the picture from its seed,
+        and steps that were told are not told again. :class:`Accepted` comes first and once.
+
+        Args:
+            every_step: tell of steps without a preview, too.
+
+        Raises:
+            ApiError: it is refused, not drawn in time, or lost with too many replicas.
+        """
+        if self.config.log_prompts:
+            logger.info("%s draws %r (not %r)", model, request.prompt, request.negative_prompt)
+        started, accepted, told, lost = time.monotonic(), False, 0, 0
+        clock = self._metrics.clock(model, request.height, request.width)
+        while lost < MAX_TRIES:
+            try:
+                async with aclosing(self._once(model, request, every_step, started)) as events:
+                    async for event in events:
+                        if isinstance(event, Refused):
+                            # What was promised a place waits for another when that one is gone.
+                            broken = event.status == 503
+                            if not broken and not (accepted and event.status == 429):
+                                raise ApiError.of(event)
+                            lost += broken
+                            await asyncio.sleep(event.retry_after or 1.0)
+                            break
+                        if isinstance(event, Accepted) and accepted:
+                            continue
+                        if isinstance(event, Step):
+                            if event.step <= told:
+                                continue
+                            told = event.step
+                        accepted = True
+                        clock.saw(event)
+                        yield event
+                        if isinstance(event, Drawn):
+                            return
+            except RayActorError as error:
+                lost += 1
+                self._metrics.lost(model)
+                logger.warning("a replica of %s was lost: %s", model, type(error).__name__)
+            except RayServeException as error:
+                raise ApiError(
+                    503, f"the model '{model}' has no replica that works", retry_after=5
+                ) from error
+        raise ApiError(
+            503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
+        )
+
+    async def picture(self, model: str, request: ImageRequest) -> bytes:
+        """The picture as PNG; see :meth:`draw`."""
+        async with aclosing(self.draw(model, request)) as events:
+            async for event in events:
+                if isinstance(event, Drawn):
+                    return event.png
+        raise AssertionError("draw ends with a picture or an error")
+
+    async def limits(self, model: str) -> dict[str, int]:
+        """``step``, ``max_height`` and ``max_width`` in pixels."""
+        if model not in self._limits:
+            self._limits[model] = await self._painters[model].limits.remote()
+        return self._limits[model]
+
+    async def ready(self, model: str) -> bool:
+        """Whether a replica of ``model`` answers now."""
+        try:
+            await asyncio.wait_for(self._painters[model].limits.remote(), READY_SECONDS)
+        except Exception:  # whatever is wrong, it is not ready
+            return False
+        return True
+
+    async def keep(self, png: bytes) -> str:
+        """Keep a picture for a while; its name."""
+        return await self._board.keep.remote(png)
+
+    async def kept(self, name: str) -> bytes | None:
+        """A picture by its name, if it is still kept."""
+        return await self._board.kept.remote(name)
+
+    async def reload(self, model: str) -> None:
+        """Have every replica of ``model`` read its checkpoint again."""
+        await self._board.call_reload.remote(model)
+
+    async def replicas(self) -> list[dict[str, Any]]:
+        """What every replica says of itself."""
+        return await self._board.present.remote()
+
+    async def _once(
+        self, model: str, request: ImageRequest, every_step: bool, started: float
+    ) -> AsyncGenerator[Event, None]:
+        """One try; it is cancelled at the replica when nobody listens any more."""
+        stream = self._painters[model].options(stream=True).draw.remote(request, every_step)
+        events, ended = aiter(stream), False
+        try:
+            while not ended:
+                left = started + self.config.timeout_s - time.monotonic()
+                try:
+                    event = await asyncio.wait_for(anext(events), max(left, 0.0))
+                except StopAsyncIteration:
+                    raise RuntimeError("a replica's story ended without its end") from None
+                except asyncio.TimeoutError:
+                    raise ApiError(
+                        503,
+                        f"the picture was not drawn within {self.config.timeout_s:g} s: ask for "
+                        "less, or try again later",
+                        retry_after=self.config.timeout_s,
+                    ) from None
+                ended = isinstance(event, Drawn | Refused)
+                yield event
+        finally:
+            if not ended:
+                stream.cancel()
