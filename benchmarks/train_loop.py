@@ -31,8 +31,8 @@ from pathlib import Path
 import ray
 import torch
 
-from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.cache.sources import DataConfig
 from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
@@ -70,9 +70,8 @@ class BareLoop:
 
     def __init__(self, run: RunConfig, steps: int):
         self.config = run.trainer
-        dataset = CachedDataset(run.cache.path)
-        rows = range(len(dataset))
-        data = worker_steps(dataset, rows, self.config, 0, 1, 0)
+        dataset = CacheMixture([MixSource(run.cache.path)])
+        data = worker_steps(dataset, dataset.held_out(0.0), self.config, 0, 1, 0)
         self.batches = [item.micro_batches[0] for item in islice(data, steps)]
         self.null_text, self.t_buckets = dataset.null_text, dataset.t_buckets
         torch.manual_seed(self.config.seed)

@@ -84,6 +84,7 @@ def make_run(world, tmp_path):
         return SimpleNamespace(
             run_dir=str(tmp_path / name),
             cache=SimpleNamespace(path=world.cache),
+            mix=[],
             model=student_config(),
             trainer=trainer,
             workers=WorkersConfig(**workers),

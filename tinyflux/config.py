@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.mixture import MixSource
 from tinyflux.cache.sources import DataConfig
 from tinyflux.distributed.train import WorkersConfig
 from tinyflux.errors import ConfigError
@@ -35,6 +36,7 @@ class RunConfig:
     Attributes:
         run_dir: where it writes.
         preset: model settings to start from; ``model`` changes single ones.
+        mix: caches to train on together, with weights; left empty, ``cache.path`` alone.
     """
 
     run_dir: str = "runs/run"
@@ -47,6 +49,7 @@ class RunConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    mix: list[MixSource] = field(default_factory=list)
 
 
 def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux") -> RunConfig:
@@ -165,6 +168,7 @@ def _resolve_paths(run: RunConfig) -> None:
         (run.sample, "prompts_file"),
         (run.serve, "checkpoint"),
         (run.serve, "api_keys_file"),
+        *((source, "path") for source in run.mix),
         *((run.zoo, f"{repo}_repo") for repo in ("vae", "t5", "clip", "experts", "sd")),
     ):
         if value := getattr(section, name):

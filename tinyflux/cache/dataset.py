@@ -1,6 +1,6 @@
 """A finished dataset, opened and checked for training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,28 +49,32 @@ class CachedDataset:
 
     def keys(self) -> list[str]:
         """Every row's key, in order."""
-        return self._strings(self.manifest.groups[0], KEY)
+        return list(self.each("keys"))
 
-    def pictures(self) -> list[str]:
-        """Digest of every row's picture, in order; of a dataset made of tensors, its keys."""
-        return self._strings(ROWS, "picture") if ROWS in self.manifest.groups else self.keys()
+    def each(self, what: str) -> Iterator[str]:
+        """Row by row, in order: the rows' ``"keys"``, or digests of their ``"pictures"``.
+
+        A dataset made of tensors has keys for pictures. One shard at a time is in memory.
+        """
+        if what == "pictures" and ROWS in self.manifest.groups:
+            return self._strings(ROWS, "picture")
+        return self._strings(self.manifest.groups[0], KEY)
 
     def captions(self) -> list[str]:
         """Every row's caption, in order."""
-        return self._strings(ROWS, "caption")
+        return list(self._strings(ROWS, "caption"))
 
     def sources(self) -> list[str]:
         """The picture file that every row came from, in order."""
-        return self._strings(ROWS, "source")
+        return list(self._strings(ROWS, "source"))
 
-    def _strings(self, group: str, column: str) -> list[str]:
+    def _strings(self, group: str, column: str) -> Iterator[str]:
         if group not in self.manifest.groups:
             raise CacheError(f"the cache '{self.path}' holds no {column}s: it was made of tensors")
-        found: list[str] = []
         for shard in self.manifest.shards:
-            texts, dropped = self._reader.strings(shard, group, column), set(shard.dropped)
-            found += [text for row, text in enumerate(texts) if row not in dropped]
-        return found
+            dropped = set(shard.dropped)
+            texts = self._reader.strings(shard, group, column)
+            yield from (text for row, text in enumerate(texts) if row not in dropped)
 
     def grids(self) -> list[tuple[tuple[int, int], range]]:
         """Runs of rows with latents of one height and width, in order."""

@@ -5,12 +5,13 @@ import os
 import platform
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.config import RunConfig
-from tinyflux.distributed.data import read_held_out, split_rows
+from tinyflux.distributed.data import read_held_out
 from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.serving.batch import read_picture
@@ -42,8 +43,9 @@ def evaluate(run: RunConfig) -> Path:
     torch.manual_seed(run.trainer.seed)
     untrained = TinyFluxDeep(run.model).eval()
     trained = load_model(f"{run.run_dir}/final", device="cpu", dtype=torch.float32)
-    dataset = CachedDataset(run.cache.path)
-    rows, held_out_rows = split_rows(dataset.pictures(), run.trainer.val_fraction)
+    data = CacheMixture([MixSource(run.cache.path)])
+    held_out_rows = data.held_out(run.trainer.val_fraction)
+    rows, dataset = np.flatnonzero(~held_out_rows).tolist(), data.caches[0]
 
     step = max(1, len(rows) // PROMPTS)
     chosen = rows[::step][:PROMPTS]
@@ -80,7 +82,7 @@ def evaluate(run: RunConfig) -> Path:
         atomic_write(output / name, png_bytes(image))
         pictures.append({"prompt": prompt, "picture": name})
 
-    held_out = read_held_out(dataset, held_out_rows)
+    held_out = read_held_out(data, held_out_rows)
     losses = {
         name: validate(model, held_out, run.trainer, dataset.t_buckets)
         for name, model in (("untrained", untrained), ("trained", trained))
@@ -94,7 +96,7 @@ def evaluate(run: RunConfig) -> Path:
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
         "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
         "nearest": {"count": len(prompts), **shares, "pictures": pictures},
-        "held_out": {"count": len(held_out_rows), **losses},
+        "held_out": {"count": int(held_out_rows.sum()), **losses},
     }
     path = Path(run.run_dir) / "evaluation.json"
     atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())

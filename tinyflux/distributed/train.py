@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 
 from tinyflux import errors
-from tinyflux.cache.dataset import CachedDataset
-from tinyflux.distributed.data import check_batch_size, read_held_out, split_rows, worker_steps
+from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.distributed.data import check_batch_size, read_held_out, worker_steps
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.ray_session import ensure_ray
-from tinyflux.errors import CacheError, ConfigError, TinyFluxError, TrainingError
+from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig
@@ -123,6 +123,7 @@ class TrainRun(Protocol):
 
     run_dir: str
     cache: Any
+    mix: list[MixSource]
     model: TinyFluxConfig
     trainer: TrainerConfig
     workers: WorkersConfig
@@ -138,7 +139,7 @@ class _Job:
     """
 
     run_dir: str
-    cache_path: str
+    data: list[MixSource]
     model: TinyFluxConfig
     trainer: TrainerConfig
     workers: WorkersConfig
@@ -166,22 +167,15 @@ class _Job:
             metrics=self.root / "metrics.jsonl",
         )
 
-    def open_cache(self) -> CachedDataset:
-        """The cache, checked against the model."""
-        dataset = CachedDataset(self.cache_path)
-        dataset.check(
+    def open_data(self) -> CacheMixture:
+        """The caches, checked against the model."""
+        data = CacheMixture(self.data)
+        data.check(
             self.model,
             self.trainer.enable_lune and self.model.use_lune_expert,
             self.trainer.enable_sol and self.model.use_sol_prior,
         )
-        return dataset
-
-    def training_rows(self, dataset: CachedDataset) -> tuple[list[int], list[int]]:
-        """Rows to train on and rows held out."""
-        train_rows, held_out = split_rows(dataset.pictures(), self.trainer.val_fraction)
-        if not train_rows:
-            raise CacheError(f"cache {self.cache_path} has no samples to train on")
-        return train_rows, held_out
+        return data
 
 
 def train(run: TrainRun) -> Path:
@@ -195,7 +189,7 @@ def train(run: TrainRun) -> Path:
     """
     job = _Job(
         run_dir=os.path.abspath(run.run_dir),
-        cache_path=run.cache.path,
+        data=list(run.mix) or [MixSource(run.cache.path)],
         model=run.model,
         trainer=run.trainer,
         workers=run.workers,
@@ -208,7 +202,7 @@ def train(run: TrainRun) -> Path:
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
-    job.training_rows(job.open_cache())
+    job.open_data()
 
     (job.root / "ray").mkdir(parents=True, exist_ok=True)
     try:
@@ -283,8 +277,8 @@ def _worker(settings: dict[str, Any]) -> None:
 def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> None:
     """Continue the run on this worker until it is done."""
     config, paths, main = job.trainer, job.paths(), rank == 0
-    dataset = job.open_cache()
-    rows, _ = job.training_rows(dataset)
+    data = job.open_data()
+    held_out = data.held_out(config.val_fraction)
 
     torch.manual_seed(config.seed)  # the same first weights on every worker
     model = TinyFluxDeep(job.model).to(device)
@@ -318,11 +312,11 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         state,
         ema,
         paths if main else None,
-        dataset.null_text if config.text_dropout > 0 else None,
-        dataset.t_buckets,
+        data.null_text if config.text_dropout > 0 else None,
+        data.t_buckets,
         _beside(job) if main and wanted else None,
     )
-    steps = prefetch(worker_steps(dataset, rows, config, rank, world_size, state.samples_seen))
+    steps = prefetch(worker_steps(data, held_out, config, rank, world_size, state.samples_seen))
     try:
         loop.run(steps)
     finally:
@@ -354,10 +348,10 @@ def _evaluator(settings: dict[str, Any], device: torch.device) -> Evaluator:
     """What looks at the run's weights, in its own process."""
     job = from_dict(_Job, settings, "the training job")
     config = job.trainer
-    dataset = job.open_cache()
+    data = job.open_data()
     held_out = None
     if config.validate_every is not None:
-        held_out = read_held_out(dataset, job.training_rows(dataset)[1])
+        held_out = read_held_out(data, data.held_out(config.val_fraction))
     model = TinyFluxDeep(job.model).to(device)
     ema = EMA(model, config.ema_decay)
     sampler = None
@@ -367,7 +361,7 @@ def _evaluator(settings: dict[str, Any], device: torch.device) -> Evaluator:
         zoo.load_t5()
         zoo.load_clip()
         sampler = Sampler(zoo, model, ema, device, config.dtype)
-    return Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler)
+    return Evaluator(model, ema, config, data.t_buckets, held_out, sampler)
 
 
 def _finished(job: _Job) -> bool:
