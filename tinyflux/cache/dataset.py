@@ -12,6 +12,7 @@ from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
+from tinyflux.util.config import parse_dtype
 
 
 class CachedDataset:
@@ -87,8 +88,8 @@ class CachedDataset:
             found.append(((height, width), range(start, end)))
         return found
 
-    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Rows as fp32 tensors, in the order asked for.
+    def read(self, indices: Sequence[int], as_stored: bool = False) -> dict[str, Tensor]:
+        """Rows as fp32 tensors, or ``as_stored`` ones, in the order asked for.
 
         Returns:
             ``latents`` ``[B, C, h, w]``, ``t5_embeds`` ``[B, L, D]``, ``clip_pooled`` ``[B, P]``
@@ -113,16 +114,17 @@ class CachedDataset:
                 for column in GROUPS[group]:
                     if group == ROWS or column not in file.columns:
                         continue
-                    part = self._reader.tensor(shard, group, column, rows).float()
+                    layout = file.columns[column]
                     if column not in result:
-                        result[column] = part.new_empty(len(wanted), *part.shape[1:])
-                    elif result[column].shape[1:] != part.shape[1:]:
+                        dtype = parse_dtype(layout.dtype)
+                        result[column] = torch.empty(len(wanted), *layout.shape, dtype=dtype)
+                    elif result[column].shape[1:] != layout.shape:
                         raise CacheError(
                             f"the rows asked for have {column} of several sizes: read the rows of "
                             f"one size at a time"
                         )
-                    result[column][torch.from_numpy(places)] = part
-        return result
+                    self._reader.read_into(result[column], places, shard, group, column, rows)
+        return result if as_stored else {name: part.float() for name, part in result.items()}
 
     def check(self, model: TinyFluxConfig, use_lune: bool, use_sol: bool) -> None:
         """Refuse to train ``model`` on a dataset that was made for another.

@@ -97,7 +97,7 @@ class CacheMixture:
         for cache in self.caches:
             yield from cache.each(what)
 
-    def read(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def read(self, indices: Sequence[int], as_stored: bool = False) -> dict[str, Tensor]:
         """Rows as :meth:`CachedDataset.read` gives them.
 
         Where only some of the caches asked have a teacher's features or a foreground mask, the
@@ -105,7 +105,7 @@ class CacheMixture:
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(self.caches) == 1:
-            return self.caches[0].read(wanted.tolist())
+            return self.caches[0].read(wanted.tolist(), as_stored)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise CacheError(f"the caches have rows 0 to {len(self) - 1} only")
         source_of = np.searchsorted(self._ends, wanted, side="right")
@@ -113,7 +113,9 @@ class CacheMixture:
         for source in np.unique(source_of):
             places = np.nonzero(source_of == source)[0]
             rows = wanted[places] - self.rows_of(int(source)).start
-            parts.append((torch.from_numpy(places), self.caches[source].read(rows.tolist())))
+            parts.append(
+                (torch.from_numpy(places), self.caches[source].read(rows.tolist(), as_stored))
+            )
         return _joined(parts, len(wanted))
 
     def check(self, model: TinyFluxConfig, use_lune: bool, use_sol: bool) -> None:

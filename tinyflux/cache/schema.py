@@ -73,11 +73,6 @@ def tensor_bytes(rows: Tensor) -> np.ndarray:
     return flat.view(torch.uint8).numpy()
 
 
-def tensor_from_bytes(raw: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`tensor_bytes`; ``raw`` must own its memory and may be kept."""
-    return torch.from_numpy(raw).view(dtype).reshape(raw.shape[0], *shape)
-
-
 def token_counts(embeds: Tensor) -> Tensor:
     """How many leading positions of ``[N, L, D]`` hold anything but zeros, ``[N]`` int32."""
     used = (embeds != 0).any(dim=-1)

@@ -29,7 +29,6 @@ from tinyflux.cache.schema import (
     columns_of,
     plain_column,
     tensor_column,
-    tensor_from_bytes,
     token_counts,
     trimmed_column,
 )
@@ -190,40 +189,53 @@ class ShardReader:
 
     def tensor(self, shard: ShardInfo, group: str, column: str, rows: np.ndarray) -> Tensor:
         """Rows (positions in the shard) of a tensor column, ``[B, ...]`` in the stored dtype."""
+        layout = shard.files[group].columns[column]
+        found = torch.empty(len(rows), *layout.shape, dtype=parse_dtype(layout.dtype))
+        self.read_into(found, np.arange(len(rows)), shard, group, column, rows)
+        return found
+
+    def read_into(
+        self,
+        target: Tensor,
+        places: np.ndarray,
+        shard: ShardInfo,
+        group: str,
+        column: str,
+        rows: np.ndarray,
+    ) -> None:
+        """Put rows ``[n]`` (positions in the shard) at ``places`` ``[n]`` of ``target``.
+
+        Each row is copied once, from the page cache to its place.
+
+        Args:
+            target: contiguous, in the stored dtype.
+        """
         file = shard.files[group]
         layout, data = file.columns[column], self._map(file)
-        dtype = parse_dtype(layout.dtype)
-        width = int(np.prod(layout.shape)) * dtype.itemsize
+        if target.dtype != parse_dtype(layout.dtype):
+            raise CacheError(
+                f"'{file.path}' holds {column} as {layout.dtype}, another shard as "
+                f"{dtype_name(target.dtype)}: build the cache again"
+            )
+        width = int(np.prod(layout.shape)) * target.dtype.itemsize
+        raw = target.flatten(1).view(torch.uint8).numpy()
+        begins, sizes = layout.offset + rows * width, np.full(len(rows), width)
         if layout.trimmed:
-            raw = self._trimmed(file, layout, data, shard.rows, rows, width)
-        else:
-            values = data[layout.offset : layout.offset + shard.rows * width]
-            raw = values.reshape(shard.rows, width)[rows]
-        return tensor_from_bytes(np.ascontiguousarray(raw), layout.shape, dtype)
-
-    def _trimmed(
-        self,
-        file: FileInfo,
-        layout: Layout,
-        data: np.ndarray,
-        count: int,
-        rows: np.ndarray,
-        width: int,
-    ) -> np.ndarray:
-        start = file.columns[TOKENS].offset
-        tokens = data[start : start + 4 * count].view("<i4").astype(np.int64)
-        sizes = tokens * (width // layout.shape[0])
-        begins = layout.offset + 4 + np.concatenate([[0], np.cumsum(sizes + 4)[:-1]])
-        raw = np.zeros((len(rows), width), np.uint8)
-        for target, row in zip(raw, rows, strict=True):
-            target[: sizes[row]] = data[begins[row] : begins[row] + sizes[row]]
-        return raw
+            start = file.columns[TOKENS].offset
+            tokens = data[start : start + 4 * shard.rows].view("<i4").astype(np.int64)
+            stored = tokens * (width // layout.shape[0])
+            ends = np.cumsum(stored + 4)
+            begins, sizes = layout.offset + ends[rows] - stored[rows], stored[rows]
+        for place, begin, size in zip(places, begins, sizes, strict=True):
+            raw[place, :size] = data[begin : begin + size]
+            raw[place, size:] = 0
 
     def _map(self, file: FileInfo) -> np.ndarray:
         if file.path in self._maps:
             self._maps.move_to_end(file.path)
             return self._maps[file.path]
-        mapped = np.memmap(self._directory / file.path, dtype=np.uint8, mode="r")
+        # As a plain array: cutting rows out of a memmap costs several times as much.
+        mapped = np.asarray(np.memmap(self._directory / file.path, dtype=np.uint8, mode="r"))
         self._maps[file.path] = mapped
         if len(self._maps) > self._max_open:
             self._maps.popitem(last=False)

@@ -81,7 +81,7 @@ def worker_steps(
         whole = range(samples_seen, samples_seen + config.batch_size)
         mine = cut(whole, world_size)[rank]
         batch = TrainBatch.from_dict(
-            data.read(order.rows(mine)), torch.arange(mine.start, mine.stop)
+            data.read(order.rows(mine), as_stored=True), torch.arange(mine.start, mine.stop)
         )
         samples_seen = whole.stop
         yield StepData(
