@@ -59,6 +59,8 @@ class Host:
         (self.home / ".bashrc").write_text(
             "export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1\n"
         )
+        (self.home / ".cache").mkdir()
+        (self.home / ".cache" / "torch_extensions").symlink_to(folder / "extensions")
         key = self.folder / "host_key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         (self.folder / "sshd_config").write_text(
@@ -135,6 +137,11 @@ class Host:
 @contextlib.contextmanager
 def machines(folder: Path, names: list[str]):
     """Running hosts, the first of which may log in to all; they end with the block."""
+    # DeepSpeed's extension would take each host minutes to compile.
+    made = Path.home() / ".cache" / "torch_extensions"
+    if made.exists():
+        shutil.copytree(made, folder / "extensions", ignore=shutil.ignore_patterns("lock"))
+    (folder / "extensions").mkdir(exist_ok=True)
     hosts = [Host(number, folder, names) for number in range(len(names))]
     laptop = hosts[0]
     key = laptop.home / ".ssh" / "id_ed25519"
