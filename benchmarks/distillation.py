@@ -211,12 +211,13 @@ def gates(model: TinyFluxDeep) -> dict[str, float]:
     }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and the half-width of its 95% t-interval; NaN for a single value."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    return mean, T_95[count - 2] * statistics.stdev(values) / math.sqrt(count)
+def interval(differences: Sequence[float]) -> dict[str, float]:
+    """Their mean and, of two or more, half the width of its 95% t-interval."""
+    found, count = {"difference": statistics.fmean(differences)}, len(differences)
+    if count > 1:
+        half = T_95[count - 2] * statistics.stdev(differences) / math.sqrt(count)
+        found["half_width"] = half
+    return found
 
 
 def summary(curves: dict[str, list[Curve]]) -> dict[str, Any]:
@@ -229,12 +230,12 @@ def summary(curves: dict[str, list[Curve]]) -> dict[str, Any]:
             none = [curve[step][metric] for curve in curves.get("none", [])]
             for arm, runs in curves.items():
                 values = [curve[step][metric] for curve in runs]
-                cell = {"mean": statistics.fmean(values), "values": values}
+                cell = {"mean": statistics.fmean(values)}
                 if len(values) > 1:
                     cell["spread"] = statistics.stdev(values)
                 if arm != "none" and none:
                     pairs = [a - b for a, b in zip(values, none, strict=True)]
-                    cell["difference"], cell["half_width"] = interval(pairs)
+                    cell |= interval(pairs)
                 cells[arm] = cell
     return result
 
@@ -249,7 +250,9 @@ def print_tables(found: dict[str, Any], curves: dict[str, list[Curve]]) -> None:
             for cell in cells.values():
                 text = f"{cell['mean']:.4f}"
                 if "difference" in cell:
-                    text += f"  {cell['difference']:+.4f} +- {cell['half_width']:.4f}"
+                    text += f"  {cell['difference']:+.4f}"
+                if "half_width" in cell:
+                    text += f" +- {cell['half_width']:.4f}"
                 row += f"{text:>30}"
             print(row)
     print("\nAt the end: EMA velocity loss with teachers seen, and how far the gates are open")
