@@ -11,8 +11,8 @@ the EMA weights, with the teachers' true features put in, which no prompt can br
 
 Settings are the demo's (configs/demo.yaml). ``--set`` changes any of them:
 ``--set trainer.lune_dropout=1``; a setting of a teacher that an arm has not is left alone there.
-What was drawn, encoded and trained is kept in ``--work`` and used again: remove it after a change of
-the code. A run takes about two minutes on one free core.
+What was drawn, encoded and trained is kept in ``--work`` and used again: remove it after a change
+of the code. A run takes about two minutes on one free core.
 
 The toy teachers and the toy CLIP were trained on all of these pictures, the held-out ones too; no
 arm sees a held-out picture's features while training, and every arm has the same CLIP.
