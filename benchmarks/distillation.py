@@ -40,9 +40,9 @@ import torch
 from transformers import T5Tokenizer
 
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
-from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.config import RunConfig, load_run_config
-from tinyflux.distributed.data import read_held_out, split_rows, worker_steps
+from tinyflux.distributed.data import read_held_out, worker_steps
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.toy.openmoji import Emoji, write_picture_folder
@@ -51,6 +51,7 @@ from tinyflux.trainer.checkpoint import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
+from tinyflux.trainer.evaluation import Evaluator, Within
 from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.losses import compute_main_loss
 from tinyflux.trainer.metrics import read_metrics
@@ -106,7 +107,7 @@ def run_config(work: Path, arguments: argparse.Namespace) -> RunConfig:
     return load_run_config(DEMO, [*overrides, *(f"--{setting}" for setting in arguments.set)])
 
 
-def prepare(run: RunConfig) -> CachedDataset:
+def prepare(run: RunConfig) -> CacheMixture:
     """Draw the pictures and encode them, where that is not done yet."""
     tokenizer = T5Tokenizer.from_pretrained(run.zoo.t5_repo)
 
@@ -117,7 +118,7 @@ def prepare(run: RunConfig) -> CachedDataset:
         pass
     configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
     build(configs, LocalRunner(configs))
-    return CachedDataset(run.cache.path)
+    return CacheMixture([MixSource(run.cache.path)])
 
 
 def arm_config(trainer: TrainerConfig, arm: str, seed: int) -> TrainerConfig:
@@ -134,11 +135,11 @@ def arm_config(trainer: TrainerConfig, arm: str, seed: int) -> TrainerConfig:
 
 
 def train_arm(
-    work: Path, dataset: CachedDataset, model_config: TinyFluxConfig, config: TrainerConfig
+    work: Path, dataset: CacheMixture, model_config: TinyFluxConfig, config: TrainerConfig
 ) -> Curve:
     """Held-out figures by step; those of a run that was done before are read."""
     said = json.dumps(
-        [to_dict(model_config), to_dict(config), sorted(dataset.keys())], sort_keys=True
+        [to_dict(model_config), to_dict(config), sorted(dataset.caches[0].keys())], sort_keys=True
     )
     folder = work / "runs" / hashlib.sha256(said.encode()).hexdigest()[:16]
     result = folder / "result.json"
@@ -150,9 +151,9 @@ def train_arm(
 
 
 def _train(
-    folder: Path, dataset: CachedDataset, model_config: TinyFluxConfig, config: TrainerConfig
+    folder: Path, dataset: CacheMixture, model_config: TinyFluxConfig, config: TrainerConfig
 ) -> Curve:
-    rows, held_out_rows = split_rows(dataset.pictures(), config.val_fraction)
+    held_out_rows = dataset.held_out(config.val_fraction)
     held_out = read_held_out(dataset, held_out_rows)
     torch.manual_seed(config.seed)
     model = TinyFluxDeep(model_config)
@@ -166,9 +167,9 @@ def _train(
         paths,
         dataset.null_text,
         dataset.t_buckets,
-        held_out,
+        Within(Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)),
     )
-    steps = prefetch(worker_steps(dataset, rows, config, 0, 1, 0))
+    steps = prefetch(worker_steps(dataset, held_out_rows, config, 0, 1, 0))
     try:
         loop.run(steps)
     finally:
@@ -300,14 +301,15 @@ def main() -> None:
                 print(f"seed {seed}, {arm}", flush=True)
                 config = arm_config(run.trainer, arm, seed)
                 curves[arm].append(train_arm(arguments.work, dataset, run.model, config))
-    rows, held_out_rows = split_rows(dataset.pictures(), run.trainer.val_fraction)
+    held_out = int(dataset.held_out(run.trainer.val_fraction).sum())
+    trained_on = len(dataset) - held_out
 
     found = summary(curves)
     print_tables(found, curves)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "pictures": {"trained_on": len(rows), "held_out": len(held_out_rows)},
-        "passes": arguments.steps * arguments.batch_size / len(rows),
+        "pictures": {"trained_on": trained_on, "held_out": held_out},
+        "passes": arguments.steps * arguments.batch_size / trained_on,
         "settings": arguments.set,
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
