@@ -238,4 +238,5 @@ def test_a_cluster_from_ray_up_to_ray_down_outlives_its_hosts(launch):
     assert {path.stat().st_mode & 0o777 for path in holders} == {0o600}
 
     launch.timed("ray down", "ray", "down", "--yes", str(launch.file))
-    assert not launch.with_process(b"")
+    # Workers end a moment after their node.
+    wait_for(lambda: not launch.with_process(b""), 60)
