@@ -41,7 +41,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 LOCK := uv pip compile --universal --python-version 3.10 --no-annotate --no-header
 constraints: ## resolve the tested set of packages again, and the part of it that nodes need (needs uv)
-	$(LOCK) --extra dev pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)' > constraints.txt
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(LOCK) --extra dev pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)'; } > constraints.tmp
+	mv constraints.tmp constraints.txt
 	{ sed -n '/^#/p' cluster/requirements.txt; \
 	  $(LOCK) --extra cluster --constraint constraints.txt pyproject.toml \
 	    | grep -vE '^(nvidia-|cuda-|triton)'; } > cluster/requirements.tmp
