@@ -39,9 +39,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-constraints: ## resolve the tested set of packages again (needs uv)
-	uv pip compile --universal --python-version 3.10 --extra dev --no-annotate --no-header pyproject.toml \
-	  | grep -vE '^(nvidia-|cuda-|triton)' > constraints.txt
+LOCK := uv pip compile --universal --python-version 3.10 --no-annotate --no-header
+constraints: ## resolve the tested set of packages again, and the part of it that nodes need (needs uv)
+	{ sed -n '/^#/p' constraints.txt; \
+	  $(LOCK) --extra dev pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)'; } > constraints.tmp
+	mv constraints.tmp constraints.txt
+	{ sed -n '/^#/p' cluster/requirements.txt; \
+	  $(LOCK) --extra cluster --constraint constraints.txt pyproject.toml \
+	    | grep -vE '^(nvidia-|cuda-|triton)'; } > cluster/requirements.tmp
+	mv cluster/requirements.tmp cluster/requirements.txt
 
 clean:  ## remove the environment and what the demo made
 	rm -rf $(VENV) runs

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
     "RAY_AUTH_MODE": "disabled",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # as the nodes of cluster/ have it
     # Jobs must find the package in the working directory that they were sent.
     "PYTHONPATH": "",
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -59,9 +60,8 @@ class Cluster:
         wait_for(up, 120)
 
     def start(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """``ray job submit`` as the README has it."""
-        return self._job("submit", "--working-dir", ".", "--runtime-env", "runtime_env.yaml",
-                         *options, "--", "python", *command)  # fmt: skip
+        """``ray job submit`` as for nodes that have the packages."""
+        return self._job("submit", "--working-dir", ".", *options, "--", "python", *command)
 
     def processes(self, name: bytes) -> list[int]:
         """Ray's processes of this node with ``name`` in their titles."""

@@ -95,7 +95,7 @@ def server(tmp_path_factory):
             env=ENVIRONMENT, check=True, capture_output=True,
         )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(f"{url}/readyz"), 240)
+        wait_for(lambda: answers(f"{url}/readyz"), 400)  # four processes import torch
         server = Server(url, cluster, place)
         with server.http:
             yield server

@@ -51,7 +51,7 @@ def job(tmp_path):
             return answers(f"{url}/readyz")
 
         try:
-            wait_for(up, 240)
+            wait_for(up, 400)
             yield process, url, place / "serve.log"
         finally:
             if process.poll() is None:

@@ -26,6 +26,7 @@ from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.distributed.data import check_batch_size, read_held_out, worker_steps
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluation import Beside
+from tinyflux.distributed.metrics import RayMetrics
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.loader import save_model
@@ -44,6 +45,7 @@ from tinyflux.trainer.evaluation import Evaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.trackers import check_trackers
 from tinyflux.util.config import from_dict, nearest, to_dict
 from tinyflux.util.files import atomic_write, full_disk_ends_run
 
@@ -202,6 +204,7 @@ def train(run: TrainRun) -> Path:
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
+    check_trackers(job.trainer.trackers)
     job.open_data()
 
     (job.root / "ray").mkdir(parents=True, exist_ok=True)
@@ -315,6 +318,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         data.null_text if config.text_dropout > 0 else None,
         data.t_buckets,
         _beside(job) if main and wanted else None,
+        [RayMetrics(job.root)] if main else [],
     )
     steps = prefetch(worker_steps(data, held_out, config, rank, world_size, state.samples_seen))
     try:

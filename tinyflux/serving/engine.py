@@ -376,6 +376,7 @@ class ImageEngine:
             x = initial_noise([request.seed], config.in_channels, height, width)[0]
             times = sample_times(config, request.num_steps, height, width)
             sample.path = Trajectory(x.to(self._device), times, request.solver)
+            self._hand_over(sample)
         except Exception as error:
             self._fail(sample, "its prompt was encoded", error)
             return
@@ -383,6 +384,17 @@ class ImageEngine:
             if not sample.ticket.ended:
                 self._turns.add(sample, (height, width, sample.weights), sample.evaluations)
                 self._changed.notify_all()
+
+    def _hand_over(self, sample: _Sample) -> None:
+        """Make what this thread's stream computed whole, and the loop's stream its user."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+            loop = torch.cuda.default_stream(self._device)
+            sample.path.x.record_stream(loop)
+            for condition in (sample.cond, sample.uncond):
+                if condition is not None:
+                    condition.t5.record_stream(loop)
+                    condition.pooled.record_stream(loop)
 
     # The loop's thread
 
@@ -398,13 +410,12 @@ class ImageEngine:
                         for sample in batch:
                             self._fail(sample, "it was denoised", error)
                         steps = []
-                    made = self._mark()
                     for sample in steps:
-                        self._tell(sample, made)
+                        self._tell(sample)
                     # One step ahead of the GPU: it never idles, and who joins waits for little.
                     if last is not None:
                         last.synchronize()
-                    last = made
+                    last = self._mark()
                     self._account(batch, time.monotonic() - started)
         except BaseException as error:
             self._dead = ServingError(f"the engine's loop broke: {error!r:.200}")
@@ -433,12 +444,19 @@ class ImageEngine:
         v = guided_velocity(
             batch[0].model,
             torch.stack([sample.path.x for sample in batch]),
-            torch.tensor([sample.path.t for sample in batch], device=self._device),
+            self._on_device([sample.path.t for sample in batch]),
             _together([sample.cond for sample in batch]),
             _together(negative) if negative else None,
-            torch.tensor(scales, device=self._device),
+            self._on_device(scales),
         )
         return [sample for sample, each in zip(batch, v, strict=True) if sample.path.advance(each)]
+
+    def _on_device(self, values: list[float]) -> Tensor:
+        """``[len(values)]``, without waiting for the GPU."""
+        found = torch.tensor(values)
+        if self._device.type != "cuda":
+            return found
+        return found.pin_memory().to(self._device, non_blocking=True)
 
     def _mark(self) -> "torch.cuda.Event | None":
         """On a GPU, the moment at which what was asked for so far is done."""
@@ -448,7 +466,7 @@ class ImageEngine:
         event.record()
         return event
 
-    def _tell(self, sample: _Sample, made: "torch.cuda.Event | None") -> None:
+    def _tell(self, sample: _Sample) -> None:
         """Pass on that a step has ended, and what it gave."""
         if sample.ticket.ended:
             return
@@ -464,10 +482,10 @@ class ImageEngine:
                 sample.previews += 1
                 if sample.previews >= MAX_PREVIEWS:
                     self._turns.hold(sample, True)
-            self._decoder.submit(self._preview, sample, event, path.data(), made)
+            self._decoder.submit(self._preview, sample, event, path.data(), self._mark())
         if path.step == path.total:
             sample.denoised = True
-            self._decoder.submit(self._finish, sample, path.x, made)
+            self._decoder.submit(self._finish, sample, path.x, self._mark())
 
     def _account(self, batch: list[_Sample], seconds: float) -> None:
         """Note what a step took, and let those go that want no other."""

@@ -35,9 +35,6 @@ class PromptCache:
             found = TextCondition(
                 t5.to(self._device, self._dtype), pooled.to(self._device, self._dtype)
             )
-            if self._device.type == "cuda":
-                # Another thread's stream reads it.
-                torch.cuda.current_stream(self._device).synchronize()
         self._kept[prompt] = found
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)

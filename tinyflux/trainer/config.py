@@ -7,6 +7,7 @@ import torch
 from tinyflux.errors import ConfigError
 from tinyflux.trainer.losses import LUNE_MODES
 from tinyflux.trainer.schedules import constant_with_warmup, cosine_schedule, linear_decay
+from tinyflux.trainer.trackers import PACKAGES
 from tinyflux.util.config import nearest
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
@@ -107,6 +108,8 @@ class TrainerConfig:
     sample_seed: int = 0
     sample_height: int | None = None  # latent rows; None: those of the training data
     sample_width: int | None = None
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # also "wandb", "mlflow"
+    tracker_project: str = "tinyflux"
     shift_tokens: int | None = None  # latents of a picture at which `shift` holds; None: of all
     async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
     max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
@@ -126,6 +129,12 @@ class TrainerConfig:
                 raise ConfigError(
                     f"trainer.{name} '{value}' is unknown{nearest(str(value), names)}: "
                     f"choose one of {', '.join(names)}"
+                )
+        for tracker in self.trackers:
+            if tracker not in PACKAGES:
+                raise ConfigError(
+                    f"trainer.trackers has '{tracker}', which is unknown"
+                    f"{nearest(tracker, PACKAGES)}: choose from {', '.join(PACKAGES)}"
                 )
         for name in ("gradient_accumulation", "total_steps", "log_every", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")

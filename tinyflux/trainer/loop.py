@@ -5,7 +5,7 @@ batches come from.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from tinyflux.trainer.metrics import MetricLog
 from tinyflux.trainer.sampling import image_grid, sample_path, write_samples
 from tinyflux.trainer.sharding import rank_and_world
 from tinyflux.trainer.step import TrainBatch, training_loss
+from tinyflux.trainer.trackers import Tracker, open_trackers
 from tinyflux.trainer.upload import Uploader
 from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.config import to_dict
@@ -75,6 +76,7 @@ class TrainLoop:
         paths: where the main worker writes; None on the others, which write nothing.
         null_text, t_buckets: see :func:`tinyflux.trainer.step.training_loss`.
         evaluations: on the main worker; without it nothing is validated or drawn.
+        trackers: told the run's numbers beside those of ``config.trackers``.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class TrainLoop:
         null_text: tuple[Tensor, Tensor] | None,
         t_buckets: Tensor,
         evaluations: Evaluations | None = None,
+        trackers: Sequence[Tracker] = (),
     ):
         self.engine, self.config, self.state, self.ema = engine, config, state, ema
-        self.paths, self.evaluations = paths, evaluations
+        self.paths, self.evaluations, self._trackers = paths, evaluations, trackers
         self._world = rank_and_world()[1]
         self.t_buckets = t_buckets.to(engine.device)
         self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
@@ -121,7 +124,16 @@ class TrainLoop:
                 self._writer.wait()
 
     def _open(self, paths: RunPaths) -> None:
-        self._log = MetricLog(paths.metrics, paths.tensorboard, self.state.step)
+        config, root = self.config, paths.metrics.parent
+        trackers = open_trackers(
+            config.trackers,
+            root,
+            paths.tensorboard,
+            config.tracker_project,
+            to_dict(config),
+            self.state.step,
+        )
+        self._log = MetricLog(paths.metrics, [*trackers, *self._trackers], self.state.step)
         if self.config.hf_repo_id is not None:
             self._uploader = Uploader(self.config.hf_repo_id)
         if self.config.async_checkpoints:
