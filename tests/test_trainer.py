@@ -124,8 +124,10 @@ def test_a_short_last_batch_counts_by_its_samples(tmp_path):
     torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw_8bit"])
 def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     constant = {"lr_scheduler": "constant", "optimizer": optimizer}
     straight = make_trainer(tmp_path / "a", **constant)
     straight.train(epochs=4)
