@@ -19,8 +19,8 @@ from PIL import Image
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.cache.extract import CacheConfig, Extractor
+from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.sources import DataConfig
 from tinyflux.distributed.data import worker_steps
