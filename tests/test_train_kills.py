@@ -179,7 +179,7 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
     log = Path(elastic.run_dir).with_suffix(".log")
 
     def groups():
-        return re.findall(r"worker group of size (\d)", log.read_text())
+        return re.findall(r"Started training worker group of size (\d)", log.read_text())
 
     def reached(sizes):
         """A group of the last of these sizes, after the others, has made a checkpoint."""
