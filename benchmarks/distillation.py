@@ -44,6 +44,7 @@ from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.config import RunConfig, load_run_config
 from tinyflux.distributed.data import read_held_out, worker_steps
 from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.toy.openmoji import Emoji, write_picture_folder
 from tinyflux.toy.world import SHIPPED
@@ -56,7 +57,7 @@ from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.losses import compute_main_loss
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
-from tinyflux.trainer.step import teacher_features, tokens
+from tinyflux.trainer.step import teacher_features
 from tinyflux.trainer.validation import TIMES, HeldOut
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write

@@ -52,6 +52,7 @@ from ray.serve.schema import ReplicaRank
 from torch import Tensor
 
 from tinyflux.model.config import preset
+from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig
@@ -61,8 +62,6 @@ from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.sampling import (
     Encoders,
     Sampler,
-    TextCondition,
-    guided_velocity,
     initial_noise,
     sample_grid,
 )

@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_JOB_STOP_WAIT_TIME_S": "60",  # as the nodes of cluster/ have it
+    "RAY_metrics_report_interval_ms": "1000",
     # Jobs must find the package in the working directory that they were sent.
     "PYTHONPATH": "",
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

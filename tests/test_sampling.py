@@ -6,11 +6,10 @@ from PIL import Image
 
 from tests.test_step import MODEL, student
 from tinyflux.errors import InputError
+from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.sampling import (
     Sampler,
-    TextCondition,
-    guided_velocity,
     image_grid,
     sample_grid,
 )

@@ -6,7 +6,6 @@ from PIL import Image
 from tests.serving_place import make_place
 from tests.worlds import zoo_config
 from tinyflux.errors import InputError
-from tinyflux.serving.batch import SampleConfig, sample_prompts
 from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
 
 
@@ -56,26 +55,3 @@ def test_a_request_gives_one_picture_of_its_size_and_seed(engine):
 def test_absurd_requests_are_refused(engine, changes, message):
     with pytest.raises(InputError, match=message):
         engine.generate(request(**changes))
-
-
-def test_a_batch_of_prompts_is_drawn_once(place, tmp_path):
-    config = SampleConfig(
-        prompts=["red circle", "blue square", "red circle"],
-        num_steps=2,
-        height=4,
-        width=4,
-        checkpoint=str(place / "model"),
-        output_dir=str(tmp_path / "out"),
-        batch_size=2,
-    )
-    zoo = zoo_config(place / "world")
-    assert sample_prompts(config, zoo).name == "grid.png"
-    files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("0*.png")}
-    assert len(files) == 3
-    (tmp_path / "out" / "00001.png").unlink()
-    sample_prompts(config, zoo)
-    again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("0*.png")}
-    assert [name for name in files if files[name] != again[name]] == ["00001.png"]
-    config.prompts = []
-    with pytest.raises(InputError, match="no prompts"):
-        sample_prompts(config, zoo)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from tinyflux.errors import InputError
+from tinyflux.model.guidance import latents_of, tokens
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
-from tinyflux.trainer.step import Draws, TrainBatch, latents_of, tokens, training_loss
+from tinyflux.trainer.step import Draws, TrainBatch, training_loss
 from tinyflux.trainer.validation import HeldOut, validate
 from tinyflux.util.buckets import default_buckets
 

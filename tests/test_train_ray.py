@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from tinyflux.trainer.trainer import Trainer
 ray = pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
+from tinyflux.cache.dataset import CachedDataset  # noqa: E402
 from tinyflux.cache.extract import CacheConfig  # noqa: E402
 from tinyflux.cache.sources import DataConfig  # noqa: E402
 from tinyflux.distributed.build import build_cache  # noqa: E402
@@ -125,6 +127,18 @@ def test_a_run_leaves_everything_in_its_directory_and_returns_at_once_when_done(
     model = load_model(str(path), device="cpu", dtype=torch.float32)
     ema = load_file(root / "checkpoints" / "step_00000012" / "ema.safetensors")
     assert same(dict(model.state_dict()), ema)
+    card = ModelCard.load(path / "README.md")
+    assert card.data.pipeline_tag == "text-to-image"
+    last = [record for record in records if "val_velocity_ema" in record][-1]
+    for said in (
+        f"| val_velocity_ema | {last['val_velocity_ema']:.5g} |", "(samples.png)", "12 steps",
+        "the teacher Lune", f"SHA-256 `{CachedDataset(run.cache.path).digest}`",
+        "| trainer.learning_rate | 0.001 |",
+    ):  # fmt: skip
+        assert said in card.text, said
+    assert (path / "samples.png").read_bytes() == (
+        root / "samples" / "step_00000012.png"
+    ).read_bytes()
 
     started = time.perf_counter()
     assert train(run) == path

@@ -15,7 +15,6 @@ from tests.test_sampling import FakeZoo
 from tests.test_step import MODEL, make_batch
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.trainer import upload
 from tinyflux.trainer.checkpoint import (
     Contents,
     latest_checkpoint,
@@ -124,8 +123,10 @@ def test_a_short_last_batch_counts_by_its_samples(tmp_path):
     torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw_8bit"])
 def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     constant = {"lr_scheduler": "constant", "optimizer": optimizer}
     straight = make_trainer(tmp_path / "a", **constant)
     straight.train(epochs=4)
@@ -504,28 +505,6 @@ def test_missing_pieces_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
         Trainer(TinyFluxDeep(MODEL), settings(tmp_path, optimizer="adamw_8bit"))
-
-
-def test_failing_uploads_are_logged_and_do_not_stop_the_run(tmp_path, monkeypatch, caplog):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, exist_ok):
-            calls.append(repo_id)
-
-        def create_commit(self, repo_id, operations, commit_message):
-            calls.append(sorted(item.path_in_repo for item in operations))
-            if len(calls) == 2:
-                raise ConnectionError("offline")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    trainer = make_trainer(tmp_path, hf_repo_id="me/model", upload_every_steps=2, total_steps=4)
-    with caplog.at_level("WARNING", logger=upload.__name__):
-        trainer.train(epochs=9)
-    assert "step_00000002 to me/model failed: offline" in caplog.text
-    assert calls[-1] == [
-        f"step_00000004/{name}" for name in ("config.json", "ema.safetensors", "model.safetensors")
-    ]
 
 
 def test_prefetch_keeps_order_passes_errors_and_ends(tmp_path):

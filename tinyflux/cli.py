@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tinyflux
-from tinyflux.errors import TinyFluxError
+from tinyflux.errors import ConfigError, TinyFluxError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
@@ -42,6 +42,18 @@ def _serve(arguments: Sequence[str]) -> None:
 
     run = parse_run_config(arguments, "serve")
     run_server(run.serve, run.zoo)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.pipeline.export import export
+
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("say where to: tinyflux export DIRECTORY --config FILE")
+    run = parse_run_config(arguments[1:], "export")
+    assert run.sample.checkpoint is not None
+    place = export(run.sample.checkpoint, run.zoo, arguments[0])
+    print(f"exported {run.sample.checkpoint} to {place}")
 
 
 def _toy(arguments: Sequence[str]) -> None:
@@ -91,6 +103,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "train": ("train a student from a dataset", _train),
     "sample": ("draw pictures for prompts", _sample),
     "serve": ("answer prompts over HTTP", _serve),
+    "export": ("write a student as a diffusers pipeline that needs no TinyFlux", _export),
     "toy": ("the toy pictures and the toy world", _toy),
     "demo": ("the whole system on real pictures, from a checkout", _demo),
 }

@@ -103,6 +103,10 @@ class Runner(Protocol):
         """:func:`measure_task`, where an actor would run."""
         ...
 
+    def show(self, unit: str, done: int, total: int, rate: float) -> None:
+        """Tell watchers how far the work is; ``unit`` is "units" or "rows", ``rate`` a second's."""
+        ...
+
 
 class LocalRunner:
     """One thing after another, in this process."""
@@ -129,6 +133,9 @@ class LocalRunner:
 
     def measure(self, task: ShardTask) -> Cost:
         return measure_task(self._configs, task)
+
+    def show(self, unit: str, done: int, total: int, rate: float) -> None:
+        """The terminal's line is all there is."""
 
 
 def prepare(configs: BuildConfigs, extractor: Extractor) -> Makers:
@@ -256,7 +263,7 @@ def _index_and_prepare(configs: BuildConfigs, runner: Runner, units: list[Unit])
     known = _known_makers(configs)
     pending = runner.prepare() if known is None else None
     if missing:
-        progress = _Progress("indexed", "units", len(units), len(units) - len(missing))
+        progress = _Progress(runner, "indexed", "units", len(units), len(units) - len(missing))
         for _ in runner.index(missing):
             progress.add(1)
     if pending is not None:
@@ -325,7 +332,7 @@ def _encode(
         print(f"cache: {total - left} of {total} rows are there as they should be", flush=True)
     former = FormerRows(directory, makers, {shard.name for shard in planned})
     tasks = [_task(directory, s, lacking[s.name], makers, former) for s in todo.values()]
-    progress = _Progress("encoded", "rows", total, total - left)
+    progress = _Progress(runner, "encoded", "rows", total, total - left)
     failed = len(rejected.rows)
     for name in runner.encode(tasks):
         dropped: dict[int, str] = {}
@@ -451,8 +458,8 @@ def _print_work(receipts: Receipts, lacking: dict[str, list[str]]) -> None:
 class _Progress:
     """A line per piece: done, rate, time left."""
 
-    def __init__(self, verb: str, unit: str, total: int, done: int):
-        self._verb, self._unit = verb, unit
+    def __init__(self, runner: Runner, verb: str, unit: str, total: int, done: int):
+        self._runner, self._verb, self._unit = runner, verb, unit
         self._total, self._done, self._first = total, done, done
         self._started = time.monotonic()
 
@@ -466,3 +473,4 @@ class _Progress:
             f"{rate:.1f} {self._unit}/s  {left:.0f} s left",
             flush=True,
         )
+        self._runner.show(self._unit, self._done, self._total, rate)

@@ -1,5 +1,6 @@
 """A finished dataset, opened and checked for training."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,6 +37,11 @@ class CachedDataset:
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which knows every file by its own."""
+        return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     @property
     def t_buckets(self) -> Tensor:

@@ -19,6 +19,7 @@ from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.index import write_index
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.sources import DataConfig, Unit
+from tinyflux.distributed.metrics import Gauges
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.zoo import ZooConfig
@@ -46,6 +47,7 @@ class RayRunner:
 
     def __init__(self, configs: BuildConfigs):
         self._configs, self._packed = configs, to_dict(configs)
+        self._gauges = Gauges("cache", configs.directory.name)
 
     def prepare(self) -> Callable[[], Makers]:
         made = self._start(_prepare, self._packed)
@@ -87,6 +89,10 @@ class RayRunner:
         )
         for answer in answers.iter_rows():
             yield _made(answer)
+
+    def show(self, unit: str, done: int, total: int, rate: float) -> None:
+        _start_ray(self._configs.cache)
+        self._gauges.set(**{unit: done, f"{unit}_in_all": total, f"{unit}_per_s": rate})
 
 
 def _prepare(packed: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.metrics import RayMetrics
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
-from tinyflux.model.loader import save_model
+from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig
+from tinyflux.trainer.card import model_card
 from tinyflux.trainer.checkpoint import (
     TrainerState,
     latest_checkpoint,
@@ -43,14 +44,17 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
+from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trackers import check_trackers
+from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import from_dict, nearest, to_dict
 from tinyflux.util.files import atomic_write, full_disk_ends_run
 
 ENGINES = ("deepspeed", "torch")
 FINISHED = "training.json"  # in final/, written last
+CARD, GRID = "README.md", "samples.png"
 
 
 @dataclass
@@ -329,8 +333,41 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
     if averaged is not None:
         with full_disk_ends_run(job.run_dir):
             save_model(model, job.final, averaged)
+            given = _describe(job, data, sum(part.numel() for part in averaged.values()))
             record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
             atomic_write(job.final / FINISHED, json.dumps(record, indent=2).encode())
+        if config.hf_repo_id is not None:
+            uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
+            uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *given))
+            uploader.close()
+
+
+def _describe(job: _Job, data: CacheMixture, parameters: int) -> tuple[str, ...]:
+    """Write the model card and its pictures into ``final``; the files' names."""
+    names = [CARD]
+    drawn = sorted(job.paths().samples.glob("step_*.png"))
+    if drawn:
+        names.append(GRID)
+        atomic_write(job.final / GRID, drawn[-1].read_bytes())
+    learned = {"Lune": job.trainer.enable_lune and job.model.use_lune_expert,
+               "Sol": job.trainer.enable_sol and job.model.use_sol_prior}  # fmt: skip
+    card = model_card(
+        title=job.trainer.hf_repo_id or job.root.name,
+        source=job.trainer.hf_repo_id or "final",
+        parameters=parameters,
+        model=job.model,
+        trainer=to_dict(job.trainer),
+        records=read_metrics(job.paths().metrics),
+        data=[
+            f"`{Path(source.path).name}` (weight {source.weight:g}): {len(cache)} rows, manifest "
+            f"SHA-256 `{cache.digest}`"
+            for source, cache in zip(data.sources, data.caches, strict=True)
+        ],
+        teachers=[name for name, used in learned.items() if used],
+        grid=GRID if drawn else None,
+    )
+    atomic_write(job.final / CARD, card.encode())
+    return tuple(names)
 
 
 def _engine(job: _Job, model: TinyFluxDeep) -> Engine:

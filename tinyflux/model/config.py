@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyflux.errors import ConfigError
-from tinyflux.util import config as plain
-from tinyflux.util.config import nearest
+from tinyflux.util.config import from_dict, nearest, to_dict
 
 # Keys of published v4.2 configs that have another name, or one possible value, here.
 _PUBLISHED_NAMES = {"joint_attention_dim": "t5_hidden_size"}
@@ -160,7 +159,7 @@ class TinyFluxConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; :meth:`from_dict` gives an equal config."""
-        return plain.to_dict(self)
+        return to_dict(self)
 
     @classmethod
     def from_dict(
@@ -183,7 +182,7 @@ class TinyFluxConfig:
                 if old in data:
                     data[new] = data.pop(old)
             data = {**_PUBLISHED_SETTINGS, **data}
-        return plain.from_dict(cls, data, where)
+        return from_dict(cls, data, where)
 
 
 PRESETS: dict[str, TinyFluxConfig] = {

@@ -28,7 +28,7 @@ from transformers import (
 
 from tinyflux.errors import ConfigError, HubError, InputError
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.layers import rms_norm
+from tinyflux.model.text import t5_embeddings
 from tinyflux.util.config import nearest
 
 T = TypeVar("T")
@@ -274,8 +274,7 @@ class ModelZoo:
     ) -> tuple[Tensor, Tensor]:
         """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``.
 
-        L is ``max_text_length``. A T5 embedding is the mean of the RMS-normalised hidden states of
-        ``t5_layers``; the last layer alone is taken as it is.
+        L is ``max_text_length``; T5's are :func:`tinyflux.model.text.t5_embeddings`.
 
         Raises:
             InputError: an empty prompt (unless ``allow_empty``) or one that is too long.
@@ -284,15 +283,7 @@ class ModelZoo:
         found = []
         for batch in _batches(prompts, batch_size):
             ids, mask = self._tokens("T5", tokenizer, batch, self.max_text_length, allow_empty)
-            output = model(ids, attention_mask=mask, output_hidden_states=True)
-            if self.t5_layers == (model.config.num_layers,):
-                text = output.last_hidden_state
-            else:
-                layers = [rms_norm(output.hidden_states[layer]) for layer in self.t5_layers]
-                text = torch.stack(layers).mean(0)
-            if self.text_padding == "zero":
-                text = text * mask[..., None]
-            found.append(text)
+            found.append(t5_embeddings(model, ids, mask, self.t5_layers, self.text_padding))
         pooled = [
             output.pooler_output for output in self._run_clip(prompts, batch_size, allow_empty)
         ]

@@ -1,21 +1,39 @@
-"""Pictures for a list of prompts, one file each; a second run draws only what is missing."""
+"""Pictures for many prompts, one file each, drawn by a pool of Ray Data actors.
 
+The prompts are cut into batches once, by their places in the list. A second run draws the batches
+of which a picture is missing, the same way, so a job that was killed ends with the same files::
+
+    00000.png ...      each with its settings inside
+    metadata.jsonl     a line each: file_name, prompt, seed, settings
+    grid.png           the first 64, if they have one size
+"""
+
+import dataclasses
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tinyflux.errors import ConfigError, InputError
+from tinyflux import errors
+from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.loader import load_model
 from tinyflux.model.zoo import ZooConfig, resolve_device
 from tinyflux.serving.pictures import png_bytes
+from tinyflux.serving.prompt_file import Wish, read_wishes
 from tinyflux.trainer.sampling import Sampler, image_grid
+from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write
+
+GRID = 64  # pictures of it
 
 
 @dataclass
@@ -23,13 +41,15 @@ class SampleConfig:
     """What to draw.
 
     Attributes:
-        prompts: the prompts; ``prompts_file`` adds one per line of a text file.
+        prompts: the prompts; ``prompts_file`` adds one per line of a text file, or of a
+            ``.jsonl`` file with settings of their own.
         num_steps, guidance_scale, negative_prompt: of the sampler.
         height, width: in latents; a picture is the VAE's downscale times larger.
         seed: the i-th prompt uses ``seed + i``.
         checkpoint: a directory, file or hub repository; None is the run's ``final``.
         output_dir: None is ``drawn`` in the run directory.
         batch_size: pictures drawn at once.
+        num_actors: processes that draw; cpus_per_actor, gpus_per_actor: what each takes.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -43,72 +63,170 @@ class SampleConfig:
     checkpoint: str | None = None
     output_dir: str | None = None
     batch_size: int = 16
+    num_actors: int = 1
+    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_actors"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sample.{name} must be at least 1, not {getattr(self, name)}")
+
+    def wishes(self) -> list[Wish]:
+        """Every picture that is wanted.
+
+        Raises:
+            InputError: there are none, or one that cannot be drawn.
+        """
+        names = {item.name for item in dataclasses.fields(Wish)} - {"prompt"}
+        defaults = {name: getattr(self, name) for name in names}
+        return read_wishes(self.prompts, self.prompts_file, defaults)
 
 
-def read_prompts(config: SampleConfig) -> list[str]:
-    """The prompts of the config and of its file.
+@dataclass
+class Batch:
+    """Pictures that are drawn together.
 
-    Raises:
-        InputError: the file cannot be read, or there are no prompts.
+    Attributes:
+        places: of the wishes in the list. missing: those of them that are to be written.
     """
-    prompts = list(config.prompts)
-    if config.prompts_file is not None:
-        try:
-            lines = Path(config.prompts_file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"sample.prompts_file '{config.prompts_file}' cannot be read: {error}"
-            ) from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError("there are no prompts: set sample.prompts or sample.prompts_file")
-    return prompts
+
+    places: list[int]
+    wishes: list[Wish]
+    missing: list[int]
 
 
 def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> Path:
-    """Draw every prompt that has no picture yet, then a grid of all; the grid's path."""
+    """Draw every prompt that has no picture yet, on Ray; the directory of the pictures.
+
+    Raises:
+        TinyFluxError: prompts, models or settings that cannot work.
+    """
     if config.checkpoint is None or config.output_dir is None:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
-    prompts, output = read_prompts(config), Path(config.output_dir)
+    wishes, output = config.wishes(), Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    paths = [output / f"{index:05d}.png" for index in range(len(prompts))]
-    model = load_model(config.checkpoint, device="cpu", dtype=torch.float32)
-    weights = _fingerprint(model)
-    settings = [_settings(config, prompt, index, weights) for index, prompt in enumerate(prompts)]
-    missing = [i for i, path in enumerate(paths) if _settings_in(path) != settings[i]]
-    print(f"sample: {len(prompts) - len(missing)} of {len(prompts)} are there", flush=True)
-    sampler = Sampler(
-        zoo.build(model.config), model, device=resolve_device(zoo.device), dtype=zoo.dtype
-    )
-    for part in _parts(missing, config.batch_size):
-        chosen = [prompts[index] for index in part]
-        images = sampler.generate(
-            chosen,
-            num_steps=config.num_steps,
-            guidance_scale=config.guidance_scale,
-            height=config.height,
-            width=config.width,
-            seed=[config.seed + index for index in part],
-            negative_prompt=config.negative_prompt,
+    weights = _fingerprint(load_model(config.checkpoint, device="cpu", dtype=torch.float32))
+    batches = list(_batches(config, wishes, weights))
+    total, left = len(wishes), sum(len(batch.missing) for batch in batches)
+    print(f"sample: {total - left} of {total} are there", flush=True)
+    done, started = total - left, time.monotonic()
+    for count in _draw(config, zoo, weights, batches):
+        done += count
+        rate = (done - total + left) / max(time.monotonic() - started, 1e-9)
+        print(
+            f"sample: {done}/{total} pictures  {rate:.2f} pictures/s  "
+            f"{(total - done) / rate:.0f} s left",
+            flush=True,
         )
-        for index, image in zip(part, images, strict=True):
-            note = PngInfo()
-            note.add_text("tinyflux", settings[index])
-            atomic_write(paths[index], png_bytes(image, note))
-        print(f"sample: {paths[part[-1]]}", flush=True)
-    grid = output / "grid.png"
-    together = image_grid(torch.stack([read_picture(path) for path in paths]))
-    atomic_write(grid, png_bytes(together))
-    print(f"sample: {len(prompts)} pictures, together in {grid}", flush=True)
-    return grid
+    lines = [
+        json.dumps({"file_name": _name(place), **json.loads(_settings(wish, weights))})
+        for place, wish in enumerate(wishes)
+    ]
+    atomic_write(output / "metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    if len({(wish.height, wish.width) for wish in wishes[:GRID]}) == 1:
+        pictures = [read_picture(output / _name(place)) for place in range(min(total, GRID))]
+        atomic_write(output / "grid.png", png_bytes(image_grid(torch.stack(pictures))))
+    print(f"sample: {total} pictures in {output}", flush=True)
+    return output
 
 
-def _settings(config: SampleConfig, prompt: str, index: int, weights: str) -> str:
+def _batches(config: SampleConfig, wishes: list[Wish], weights: str) -> Iterator[Batch]:
+    """The batches of which something is missing."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, wish in enumerate(wishes):
+        alike.setdefault(wish.alike(), []).append(place)
+    output = Path(str(config.output_dir))
+    for places in alike.values():
+        for start in range(0, len(places), config.batch_size):
+            part = places[start : start + config.batch_size]
+            missing = [
+                place
+                for place in part
+                if _settings_in(output / _name(place)) != _settings(wishes[place], weights)
+            ]
+            if missing:
+                yield Batch(part, [wishes[place] for place in part], missing)
+
+
+def _draw(
+    config: SampleConfig, zoo: ZooConfig, weights: str, batches: list[Batch]
+) -> Iterator[int]:
+    """Draw them on Ray; how many pictures each was, as they are done."""
+    if not batches:
+        return
+    ensure_ray()
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = [{"batch": json.dumps(to_dict(batch))} for batch in batches]
+    answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Drawer,
+        fn_constructor_args=[to_dict(config), to_dict(zoo), weights],
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(rows))),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
+    for answer in answers.iter_rows():
+        if answer["error"]:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        yield int(answer["count"])
+
+
+class _Drawer:
+    """An actor that holds the student and the frozen models, which the first batch loads."""
+
+    def __init__(self, config: dict[str, Any], zoo: dict[str, Any], weights: str):
+        self._config = from_dict(SampleConfig, config, "the sample config")
+        self._zoo, self._weights = from_dict(ZooConfig, zoo, "the zoo config"), weights
+        self._sampler: Sampler | None = None
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
+        try:
+            batch = from_dict(Batch, json.loads(str(rows["batch"][0])), "a batch")
+            return {"count": [self._draw(batch)], "error": [""], "kind": [""]}
+        except TinyFluxError as error:
+            text, kind = str(error), type(error).__name__
+        except OSError as error:
+            text, kind = f"a picture cannot be written: {error}", TinyFluxError.__name__
+        return {"count": [0], "error": [text], "kind": [kind]}
+
+    def _draw(self, batch: Batch) -> int:
+        if self._sampler is None:
+            model = load_model(str(self._config.checkpoint), device="cpu", dtype=torch.float32)
+            device = resolve_device(self._zoo.device)
+            zoo = self._zoo.build(model.config)
+            self._sampler = Sampler(zoo, model, device=device, dtype=self._zoo.dtype)
+        first = batch.wishes[0]
+        images = self._sampler.generate(
+            [wish.prompt for wish in batch.wishes],
+            num_steps=first.num_steps,
+            guidance_scale=first.guidance_scale,
+            height=first.height,
+            width=first.width,
+            seed=[wish.seed for wish in batch.wishes],
+            negative_prompt=first.negative_prompt,
+        )
+        for place, wish, image in zip(batch.places, batch.wishes, images, strict=True):
+            if place in batch.missing:
+                note = PngInfo()
+                note.add_text("tinyflux", _settings(wish, self._weights))
+                path = Path(str(self._config.output_dir)) / _name(place)
+                atomic_write(path, png_bytes(image, note))
+        return len(batch.missing)
+
+
+def _name(place: int) -> str:
+    return f"{place:05d}.png"
+
+
+def _settings(wish: Wish, weights: str) -> str:
     """What a picture depends on, kept in its file."""
-    names = ("num_steps", "guidance_scale", "height", "width", "negative_prompt")
-    values = {name: getattr(config, name) for name in names}
-    values |= {"prompt": prompt, "seed": config.seed + index, "weights": weights}
-    return json.dumps(values, sort_keys=True)
+    return json.dumps({**dataclasses.asdict(wish), "weights": weights}, sort_keys=True)
 
 
 def _settings_in(path: Path) -> str | None:
@@ -132,8 +250,3 @@ def read_picture(path: Path) -> torch.Tensor:
     with Image.open(path) as image:
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
-
-
-def _parts(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

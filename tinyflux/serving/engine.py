@@ -18,6 +18,7 @@ from tinyflux.errors import (
     ServingError,
     TinyFluxError,
 )
+from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig, resolve_device
@@ -26,9 +27,7 @@ from tinyflux.serving.prompts import PromptCache
 from tinyflux.serving.tickets import Finished, ImageRequest, Progress, Ticket
 from tinyflux.serving.turns import Turns
 from tinyflux.trainer.sampling import (
-    TextCondition,
     check_request,
-    guided_velocity,
     initial_noise,
     sample_times,
 )

@@ -4,7 +4,8 @@ from collections import OrderedDict
 
 import torch
 
-from tinyflux.trainer.sampling import Encoders, TextCondition
+from tinyflux.model.guidance import TextCondition
+from tinyflux.trainer.sampling import Encoders
 
 
 class PromptCache:

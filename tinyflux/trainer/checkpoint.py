@@ -208,10 +208,14 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Those of a snapshot are it already: a second copy of them would be the largest of all.
     """
-    return {
-        name: tensor if _stands_alone(tensor) else _cpu_copy(tensor)
-        for name, tensor in tensors.items()
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # bitsandbytes gives every parameter the same table.
+        alone = _stands_alone(tensor) and tensor.data_ptr() not in seen
+        found[name] = tensor if alone else _cpu_copy(tensor)
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def cpu_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

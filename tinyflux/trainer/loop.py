@@ -135,7 +135,7 @@ class TrainLoop:
         )
         self._log = MetricLog(paths.metrics, [*trackers, *self._trackers], self.state.step)
         if self.config.hf_repo_id is not None:
-            self._uploader = Uploader(self.config.hf_repo_id)
+            self._uploader = Uploader(self.config.hf_repo_id, paths.checkpoints / ".uploads")
         if self.config.async_checkpoints:
             self._writer = BackgroundWriter()
 

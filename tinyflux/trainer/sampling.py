@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from tinyflux.errors import InputError
 from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.schedules import flux_shift, shift_at
 from tinyflux.trainer.solvers import Trajectory, check_solver
-from tinyflux.trainer.step import latents_of, tokens
 from tinyflux.util.files import atomic_write
 from tinyflux.util.seeding import randn_for
 
@@ -41,14 +40,6 @@ class Encoders(Protocol):
     def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor: ...
 
 
-@dataclass
-class TextCondition:
-    """Text embeddings: ``t5`` ``[B, L, D]`` and ``pooled`` ``[B, P]``."""
-
-    t5: Tensor
-    pooled: Tensor
-
-
 def sample_grid(num_steps: int, shift: float) -> Tensor:
     """Times ``[num_steps + 1]`` from 0 (noise) to 1 (data), shifted."""
     return flux_shift(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64), shift).float()
@@ -58,43 +49,6 @@ def sample_times(config: TinyFluxConfig, num_steps: int, height: int, width: int
     """The times that a model's config asks for in a picture of ``height`` x ``width`` latents."""
     shift = shift_at(config.timestep_shift, height * width, config.timestep_shift_tokens)
     return sample_grid(num_steps, shift).tolist()
-
-
-def guided_velocity(
-    model: Callable[..., Any],
-    x: Tensor,
-    t: Tensor,
-    cond: TextCondition,
-    uncond: TextCondition | None,
-    guidance: Tensor | float,
-) -> Tensor:
-    """Velocity under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
-
-    ``v_uncond + guidance * (v_cond - v_uncond)``, both from one batched forward.
-
-    Args:
-        x: ``[B, C, H, W]`` latents at times ``t`` ``[B]``.
-        uncond: the embeddings of the first G samples' negative prompts; the other ``B - G``
-            samples follow plain ``v_cond``, and None means all do.
-        guidance: one factor, or ``[G]``.
-
-    Returns:
-        ``[B, C, H, W]`` in fp32.
-    """
-    batch, _, height, width = x.shape
-    t5, pooled = cond.t5, cond.pooled
-    inputs, times = tokens(x), t
-    if uncond is not None:
-        guided = uncond.t5.shape[0]
-        inputs, times = torch.cat([inputs, inputs[:guided]]), torch.cat([t, t[:guided]])
-        t5, pooled = torch.cat([t5, uncond.t5]), torch.cat([pooled, uncond.pooled])
-    img_ids = TinyFluxDeep.create_img_ids(inputs.shape[0], height, width, device=x.device)
-    v = model(inputs, t5, pooled, times, img_ids, grid=(height, width)).float()
-    if uncond is not None:
-        v, v_uncond = v[:batch], v[batch:]
-        scale = torch.as_tensor(guidance, dtype=v.dtype, device=v.device).reshape(-1, 1, 1)
-        v = torch.cat([v_uncond + scale * (v[:guided] - v_uncond), v[guided:]])
-    return latents_of(v, height, width)
 
 
 def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:

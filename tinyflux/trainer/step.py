@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyflux.errors import InputError
+from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import SampleDropout
@@ -308,16 +309,6 @@ def distillation_losses(
             teachers.sol_mask,
         )
     return lune, sol
-
-
-def tokens(latents: Tensor) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, H * W, C]``, row by row."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def latents_of(image_tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of :func:`tokens`."""
-    return image_tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
 def _drop_text(

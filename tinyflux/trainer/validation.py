@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
@@ -15,7 +16,6 @@ from tinyflux.trainer.step import (
     Velocity,
     distillation_losses,
     teacher_features,
-    tokens,
 )
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import randn_for

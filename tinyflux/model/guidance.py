@@ -1,0 +1,65 @@
+"""One step's question to the model: the velocity of latents, with or without guidance."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyflux.model.model import TinyFluxDeep
+
+
+def tokens(latents: Tensor) -> Tensor:
+    """``[B, C, H, W]`` to ``[B, H * W, C]``, row by row."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def latents_of(image_tokens: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of :func:`tokens`."""
+    return image_tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+@dataclass
+class TextCondition:
+    """Text embeddings: ``t5`` ``[B, L, D]`` and ``pooled`` ``[B, P]``."""
+
+    t5: Tensor
+    pooled: Tensor
+
+
+def guided_velocity(
+    model: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    cond: TextCondition,
+    uncond: TextCondition | None,
+    guidance: Tensor | float,
+) -> Tensor:
+    """Velocity under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+    ``v_uncond + guidance * (v_cond - v_uncond)``, both from one batched forward.
+
+    Args:
+        x: ``[B, C, H, W]`` latents at times ``t`` ``[B]``.
+        uncond: the embeddings of the first G samples' negative prompts; the other ``B - G``
+            samples follow plain ``v_cond``, and None means all do.
+        guidance: one factor, or ``[G]``.
+
+    Returns:
+        ``[B, C, H, W]`` in fp32.
+    """
+    batch, _, height, width = x.shape
+    t5, pooled = cond.t5, cond.pooled
+    inputs, times = tokens(x), t
+    if uncond is not None:
+        guided = uncond.t5.shape[0]
+        inputs, times = torch.cat([inputs, inputs[:guided]]), torch.cat([t, t[:guided]])
+        t5, pooled = torch.cat([t5, uncond.t5]), torch.cat([pooled, uncond.pooled])
+    img_ids = TinyFluxDeep.create_img_ids(inputs.shape[0], height, width, device=x.device)
+    v = model(inputs, t5, pooled, times, img_ids, grid=(height, width)).float()
+    if uncond is not None:
+        v, v_uncond = v[:batch], v[batch:]
+        scale = torch.as_tensor(guidance, dtype=v.dtype, device=v.device).reshape(-1, 1, 1)
+        v = torch.cat([v_uncond + scale * (v[:guided] - v_uncond), v[guided:]])
+    return latents_of(v, height, width)

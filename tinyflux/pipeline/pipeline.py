@@ -1,0 +1,208 @@
+"""Pictures from prompts, the way diffusers' users expect."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from tinyflux.model.guidance import TextCondition, guided_velocity
+from tinyflux.model.model import TinyFluxConfig
+from tinyflux.model.text import t5_embeddings
+from tinyflux.trainer.schedules import shift_at
+
+Callback = Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any]]
+
+
+def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    """diffusers' Euler scheduler for the student's time, which runs from 0 (noise) to 1 (data).
+
+    diffusers counts noise levels down: ``sigma = 1 - t``. With them inverted it steps along ``t``
+    and takes the student's ``data - noise`` as it is. A shift of ``t`` by s is one of sigma by 1/s.
+    """
+    return FlowMatchEulerDiscreteScheduler(shift=1 / shift, invert_sigmas=True)
+
+
+class TinyFluxPipeline(DiffusionPipeline):
+    """A student with its text encoders and VAE.
+
+    Args:
+        transformer: a :class:`~tinyflux.pipeline.transformer.TinyFluxTransformer`; diffusers loads
+            that class anew for every pipeline, and would not know it again by name.
+        text_encoder, tokenizer: CLIP's. text_encoder_2, tokenizer_2: T5's.
+        scheduler: of :func:`make_scheduler`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "pooled_prompt_embeds"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5Tokenizer,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            scheduler=scheduler,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def student_config(self) -> TinyFluxConfig:
+        """The student's settings."""
+        return self.transformer.student.config
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str = "",
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 5.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw.
+
+        Args:
+            negative_prompt: what to steer away from; empty is the null caption. Unused at a
+                ``guidance_scale`` of 1.
+            height, width: in pixels, multiples of the VAE's steps (8).
+            generator: one for the whole batch, or one for each picture.
+            latents: ``[B, C, h, w]`` noise instead of the generator's.
+            output_type: ``"pil"``, ``"np"``, ``"pt"``, or ``"latent"`` for what the VAE would get.
+            callback_on_step_end: called as ``f(pipeline, step, timestep, tensors)`` after each
+                step with the tensors asked for; it may return others in their place.
+
+        Raises:
+            ValueError: sizes that the VAE cannot make, a prompt that is too long, or tensors that
+                the callback cannot have.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from "
+                f"{self._callback_tensor_inputs}"
+            )
+        step = self.vae_scale_factor
+        if height % step or width % step or min(height, width) < step:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {step}: the VAE makes "
+                f"{step} pixels of a latent"
+            )
+        config, device = self.student_config, self._execution_device
+        dtype = self.transformer.dtype
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        shape = (len(prompts), config.in_channels, height // step, width // step)
+
+        cond = self.encode_prompt(prompts)
+        uncond = None
+        if guidance_scale != 1:
+            null = self.encode_prompt([negative_prompt])
+            uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must be {list(shape)}, not {list(latents.shape)}")
+        latents = latents.to(device, torch.float32)
+
+        area = shape[2] * shape[3]
+        shift = shift_at(config.timestep_shift, area, config.timestep_shift_tokens)
+        self.scheduler.set_shift(1 / shift)
+        sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1]
+        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        times = self.scheduler.sigmas.tolist()
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                t = torch.full((shape[0],), times[index], device=device)
+                velocity = guided_velocity(self._forward, latents, t, cond, uncond, guidance_scale)
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    known = {
+                        "latents": latents,
+                        "prompt_embeds": cond.t5,
+                        "pooled_prompt_embeds": cond.pooled,
+                    }
+                    asked = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    given = callback_on_step_end(self, index, int(timestep), asked) or {}
+                    latents = given.get("latents", latents)
+                    cond = TextCondition(
+                        given.get("prompt_embeds", cond.t5).to(device, dtype),
+                        given.get("pooled_prompt_embeds", cond.pooled).to(device, dtype),
+                    )
+                bar.update()
+
+        if output_type == "latent":
+            images: Any = latents
+        else:
+            offset = config.latent_shift
+            if offset is None:
+                offset = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+            scaled = latents / self.vae.config.scaling_factor + offset
+            decoded = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def encode_prompt(self, prompts: list[str]) -> TextCondition:
+        """T5's embeddings ``[B, L, D]`` and CLIP's pooled ones ``[B, P]``.
+
+        Raises:
+            ValueError: a prompt is too long.
+        """
+        config, device = self.student_config, self._execution_device
+        dtype = self.transformer.dtype
+        ids, mask = _tokens("T5", self.tokenizer_2, prompts, config.max_text_length)
+        t5 = t5_embeddings(
+            self.text_encoder_2, ids.to(device), mask.to(device), config.t5_layers,
+            config.text_padding,
+        )  # fmt: skip
+        limit = self.text_encoder.config.max_position_embeddings
+        ids, _ = _tokens("CLIP", self.tokenizer, prompts, limit)
+        pooled = self.text_encoder(ids.to(device)).pooler_output
+        return TextCondition(t5.to(dtype), pooled.to(dtype))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.transformer(*args, **kwargs)
+
+
+def _tokens(name: str, tokenizer: Any, prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, ``[B, limit]``."""
+    encoded = tokenizer(prompts, padding="max_length", max_length=limit)
+    for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
+        if len(ids) > limit:
+            raise ValueError(
+                f"the prompt '{prompt[:40]}...' has {len(ids)} {name} tokens, the limit is "
+                f"{limit}: shorten it"
+            )
+    return torch.tensor(encoded.input_ids), torch.tensor(encoded.attention_mask)
