@@ -10,8 +10,12 @@ no samples of them.
 Each reads in a process of its own, cold (its files dropped from the page cache, which a container
 may not be able to do to its disk's own cache) and then warm. ``first_batch_seconds`` begins when
 the packages are imported and, for Ray Data, Ray runs. Packages that are not there are reported as
-missing: ``pip install mosaicml-streaming litdata webdataset``, the first of which needs another
-transformers and numpy than TinyFlux, so give it an environment of its own.
+missing. mosaicml-streaming needs another transformers and numpy than TinyFlux, so they go into an
+environment of their own, whose Python is given by ``--others-python``: ``pip install torch==2.13.0
+mosaicml-streaming==0.13.0 litdata==0.2.76 webdataset==1.0.2``.
+
+After the timed passes comes one that adds up every number of every sample: a loader whose sum is
+not the samples' own has skipped or changed something, and is reported as wrong.
 
 Prints JSON; progress goes to stderr.
 """
@@ -32,14 +36,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyflux.cache.manifest import Manifest, Recipe
-from tinyflux.cache.mixture import CacheMixture, MixSource
-from tinyflux.cache.shards import write_shard
-from tinyflux.distributed.data import worker_steps
-from tinyflux.distributed.order import BLOCK, WINDOW
-from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.prefetch import prefetch
-
 SHAPES = {
     "latents": (16, 64, 64),
     "t5_embeds": (128, 768),
@@ -50,7 +46,7 @@ SHAPES = {
 }
 SAMPLE_BYTES = sum(2 * int(np.prod(shape)) for shape in SHAPES.values())
 ROWS_PER_SHARD = 256
-SHUFFLE = BLOCK * WINDOW
+SHUFFLE = 4096  # samples: tinyflux/distributed/order.py's window
 OURS = "tinyflux"
 # Each loader, and with how many worker processes it is tried.
 LOADERS = {
@@ -62,7 +58,12 @@ LOADERS = {
     "memory map": (0,),
     "sequential": (0,),
 }
-MODULES = {"mosaicml-streaming": "streaming", "ray data": "ray"}
+MODULES = {
+    OURS: "tinyflux.distributed.data",
+    "mosaicml-streaming": "streaming",
+    "ray data": "ray",
+}
+ELSEWHERE = ("mosaicml-streaming", "litdata", "webdataset")  # in the other environment
 
 
 def samples(shard: int) -> dict[str, np.ndarray]:
@@ -85,6 +86,9 @@ def rows_of(shards: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
 def write(loader: str, folder: Path, shards: int) -> None:
     """The samples in a loader's own format."""
     if loader == OURS:
+        from tinyflux.cache.manifest import Manifest, Recipe
+        from tinyflux.cache.shards import write_shard
+
         found = []
         for shard in range(shards):
             keys = [f"{shard * ROWS_PER_SHARD + row:032x}" for row in range(ROWS_PER_SHARD)]
@@ -134,11 +138,18 @@ def write(loader: str, folder: Path, shards: int) -> None:
 def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
     """One pass or, of those without an end, more, as batches of fp16 tensors."""
     if loader == OURS:
+        from tinyflux.cache.mixture import CacheMixture, MixSource
+        from tinyflux.distributed.data import worker_steps
+        from tinyflux.distributed.order import BLOCK, WINDOW
+        from tinyflux.trainer.config import TrainerConfig
+        from tinyflux.trainer.prefetch import prefetch
+
+        assert BLOCK * WINDOW == SHUFFLE
         data = CacheMixture([MixSource(str(folder))])
-        config = TrainerConfig(batch_size=batch_size)
+        config = TrainerConfig(batch_size=batch_size, gradient_accumulation=1)
         held_out = data.held_out(0.0)
         for step in prefetch(worker_steps(data, held_out, config, 0, 1, 0)):
-            yield step.micro_batches[0].latents
+            yield {name: getattr(step.micro_batches[0], name) for name in SHAPES}
     elif loader == "mosaicml-streaming":
         from streaming import StreamingDataset
         from torch.utils.data import DataLoader
@@ -165,7 +176,8 @@ def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterato
         tars = sorted(map(str, folder.glob("*.tar")))
         web = WebDataset(tars, shardshuffle=len(tars), seed=0)
         pipeline = web.shuffle(SHUFFLE).decode().map(_arrays)
-        yield from DataLoader(pipeline, batch_size=batch_size, num_workers=workers)
+        for batch in DataLoader(pipeline, batch_size=batch_size, num_workers=workers):
+            yield {name: batch[name] for name in SHAPES}  # webdataset adds names of files
     elif loader == "ray data":
         import ray
 
@@ -178,7 +190,7 @@ def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterato
         rows = np.memmap(folder / "rows", np.uint8, "r").reshape(-1, SAMPLE_BYTES)
         order = np.random.default_rng(0).permutation(len(rows))
         for at in range(0, len(order), batch_size):
-            yield torch.from_numpy(rows[order[at : at + batch_size]])
+            yield {"row": torch.from_numpy(rows[order[at : at + batch_size]])}
     elif loader == "sequential":
         buffer = bytearray(batch_size * SAMPLE_BYTES)
         for path in sorted(folder.parent.joinpath(OURS, "shards").iterdir()):
@@ -220,7 +232,8 @@ def read(loader: str, folder: Path, rows: int, batch_size: int, workers: int) ->
 
 def measured(loader: str, workers: int, root: Path, arguments: argparse.Namespace) -> Any:
     """What one process found out about one loader."""
-    command = [sys.executable, __file__, "--root", str(root), "--one", loader]
+    python = arguments.others_python if loader in ELSEWHERE else sys.executable
+    command = [python, __file__, "--root", str(root), "--one", loader]
     command += ["--mib", str(arguments.mib), "--batch-size", str(arguments.batch_size)]
     command += ["--workers", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -233,16 +246,23 @@ def one(arguments: argparse.Namespace) -> None:
     """In a process of its own: write the samples unless they are there, then read them."""
     loader = arguments.one
     torch.set_num_threads(1)
+    if loader == "mosaicml-streaming":
+        # It imports torchvision, whose builds for CUDA do not load beside a torch for CPUs.
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     if LOADERS[loader] != (0,) or loader in MODULES:
         try:
             __import__(MODULES.get(loader, loader))
         except ModuleNotFoundError as error:
             print(json.dumps({"missing": str(error)}))
             return
+    if loader == OURS:
+        pass  # not part of the first batch's time, as for the others
     if loader == "ray data":
         import ray
 
-        ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
     shards = max(1, round(arguments.mib * 2**20 / (SAMPLE_BYTES * ROWS_PER_SHARD)))
     rows = shards * ROWS_PER_SHARD
@@ -251,12 +271,29 @@ def one(arguments: argparse.Namespace) -> None:
         folder.mkdir()
         write(loader, folder, shards)
     dropped = folder if loader != "sequential" else folder.parent / OURS
-    result = {}
+    result: dict[str, Any] = {}
     for state in ("cold", "warm"):
         if state == "cold":
             drop_from_page_cache(dropped)
         result[state] = read(loader, folder, rows, arguments.batch_size, arguments.workers)
+    if loader != "sequential":
+        passed = islice(
+            batches(loader, folder, arguments.batch_size, arguments.workers),
+            rows // arguments.batch_size,
+        )
+        if sum(map(total, passed)) != sum(map(total_of_shard, range(shards))):
+            raise SystemExit(f"{loader} did not give every sample once, as it was written")
     print(json.dumps(result))
+
+
+def total(batch: dict[str, torch.Tensor]) -> int:
+    """The sum of a batch's bit patterns, 16 bits at a time."""
+    parts = (value.contiguous().view(torch.int16) for value in batch.values())
+    return sum(int(part.sum(dtype=torch.int64)) for part in parts)
+
+
+def total_of_shard(shard: int) -> int:
+    return total({name: torch.from_numpy(part) for name, part in samples(shard).items()})
 
 
 def main() -> None:
@@ -264,6 +301,7 @@ def main() -> None:
     parser.add_argument("--mib", type=float, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--root", default="", help="where to write, else a temporary folder")
+    parser.add_argument("--others-python", default=sys.executable, help="see above")
     parser.add_argument("--one", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
