@@ -351,7 +351,7 @@ def _encode(
     if len(receipts) != len(planned) * len(makers):
         raise CacheError("Ray ended before every shard was built: run the job again to continue")
     _print_work(receipts, lacking)
-    if (expected := _read_estimate(directory)) is not None and len(todo) == len(planned):
+    if (expected := read_estimate(directory)) is not None and len(todo) == len(planned):
         sizes: dict[str, int] = {}
         for (_, group), receipt in receipts.items():
             sizes[group] = sizes.get(group, 0) + (receipt.file.bytes if receipt.file else 0)
@@ -359,7 +359,8 @@ def _encode(
     return receipts
 
 
-def _read_estimate(directory: Path) -> Estimate | None:
+def read_estimate(directory: Path) -> Estimate | None:
+    """What :func:`estimate` found out here, if it was asked."""
     try:
         return from_dict(Estimate, json.loads((directory / ESTIMATE_NAME).read_bytes()), "estimate")
     except (OSError, ValueError, TypeError, ConfigError):
