@@ -40,7 +40,7 @@ from tinyflux.cache.manifest import (
 )
 from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
 from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt
-from tinyflux.cache.reuse import FormerRows, Reused, read_contents
+from tinyflux.cache.reuse import FormerRows, Reused
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER, is_whole, write_null_text
 from tinyflux.cache.sources import DataConfig, Unit, list_units
@@ -386,8 +386,7 @@ def describe_tasks(
     for shard in planned:
         reused: dict[str, Reused] = {}
         for group in lacking.get(shard.name, ()):
-            contents = read_contents(directory / shard.file.path, group, shard.size)
-            reused[group] = former.find(group, contents)
+            reused[group] = former.find(group, directory / shard.file.path, shard.size)
         if reused:
             wanted = {group: makers[group] for group in reused}
             found.append(ShardTask(shard.name, shard.size, shard.file.path, wanted, reused))

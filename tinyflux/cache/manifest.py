@@ -17,7 +17,8 @@ MANIFEST_NAME = "manifest.json"
 BUILD_MARK = "build.json"  # in a directory that a build job owns, from its first moment on
 
 
-@dataclass(frozen=True)
+# There are millions of these in a large dataset.
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file of the dataset: path relative to it, size, checksum, where its tensors lie."""
 
@@ -27,7 +28,7 @@ class FileInfo:
     columns: dict[str, Layout] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """Row-aligned files, one per column group.
 
@@ -191,12 +192,39 @@ class Manifest:
                 f"the cache and build it again"
             )
         try:
-            manifest = from_dict(cls, data, str(path))
-        except (ConfigError, TypeError) as error:
+            head = from_dict(cls, {**data, "shards": []}, str(path))
+            manifest = dataclasses.replace(head, shards=_ShardParser().shards(data["shards"]))
+        except (ConfigError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
         if not manifest.shards or manifest.rows != sum(s.samples for s in manifest.shards):
             raise CacheError(f"'{path}' is damaged (row counts): build the cache again")
         return manifest
+
+
+class _ShardParser:
+    """Shards from JSON, twenty times as fast as :func:`from_dict`.
+
+    A large dataset has hundreds of thousands. Their files lie alike, so layouts are shared.
+    """
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[Any, ...], dict[str, Layout]] = {}
+
+    def shards(self, data: list[dict[str, Any]]) -> tuple[ShardInfo, ...]:
+        return tuple(self._shard(**item) for item in data)
+
+    def _shard(self, name: str, rows: int, files: dict[str, Any], dropped: list[int]) -> ShardInfo:
+        found = {group: self._file(**file) for group, file in files.items()}
+        return ShardInfo(name, rows, found, tuple(dropped))
+
+    def _file(self, path: str, bytes: int, sha256: str, columns: dict[str, Any]) -> FileInfo:
+        key = tuple(
+            (name, item["offset"], tuple(item["shape"]), item["dtype"], item["trimmed"])
+            for name, item in columns.items()
+        )
+        if key not in self._layouts:
+            self._layouts[key] = {name: Layout(*values) for name, *values in key}
+        return FileInfo(path, bytes, sha256, self._layouts[key])
 
 
 def sha256(data: bytes | memoryview) -> str:
