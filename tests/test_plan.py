@@ -100,6 +100,15 @@ def test_formulas_know_the_bytes_of_each_column(toy):
         assert planned.bytes[group] == pytest.approx(actual[group], rel=0.1), group
 
 
+def test_the_files_of_a_cache_are_counted(toy):
+    run, configs = toy
+    manifest = build(configs, LocalRunner(configs))
+    folders = [configs.directory / name for name in ("shards", "receipts")]
+    files = sum(len(list(folder.iterdir())) for folder in folders)
+    assert len(manifest.shards) > 1
+    assert make_plan(run).cache.bookkeeping["files"] == files
+
+
 def test_more_samples_of_the_same_kind_take_as_much_more(toy):
     run, configs = toy
     estimate(configs, LocalRunner(configs))

@@ -30,6 +30,11 @@ FILE_BYTES = 860.0  # of Parquet around the rows of a file
 SHARD_FILL = 0.64
 
 
+# What keeping the cache takes, measured by benchmarks/scale.py: bytes of a key in the driver's
+# memory; of a shard's receipts and manifest entry there; of the latter on disk and in a worker.
+DRIVER_SAMPLE, DRIVER_SHARD, MANIFEST_SHARD, WORKER_SHARD = 24, 13_000, 1_550, 2_500
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """The cache of a run.
@@ -56,6 +61,16 @@ class CachePlan:
     @property
     def total_bytes(self) -> float:
         return sum(self.bytes.values())
+
+    @property
+    def bookkeeping(self) -> dict[str, int]:
+        """Files, and bytes of the manifest, of the driver's memory and of each worker's."""
+        return {
+            "files": self.shards * (2 * len(self.bytes) - 1),  # and a receipt for all but rows
+            "manifest": self.shards * MANIFEST_SHARD,
+            "driver": self.samples * DRIVER_SAMPLE + self.shards * DRIVER_SHARD,
+            "worker": self.samples + self.shards * WORKER_SHARD,
+        }
 
     @property
     def bytes_read(self) -> float:

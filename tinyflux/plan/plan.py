@@ -41,6 +41,7 @@ class Plan:
         """The plan with its derived figures, for programs."""
         data = to_dict(self)
         data["cache"]["total_bytes"] = self.cache.total_bytes
+        data["cache"]["bookkeeping"] = self.cache.bookkeeping
         data["training"]["step_seconds"] = self.training.step_seconds
         return json.dumps(data, indent=1)
 
@@ -116,8 +117,15 @@ def _cache_lines(cache: CachePlan) -> list[str]:
         seconds = cache.seconds_per_sample.get(group)
         alone = "" if seconds is None else f"{seconds:.4f}"
         lines.append(f"  {group:10}{_size(size):>14}{_size(size / cache.samples):>14}{alone:>12}")
+    keeping = cache.bookkeeping
     hours = "not known: --measure finds out" if cache.hours is None else _duration(cache.hours)
-    return [*lines, f"  {'together':10}{_size(cache.total_bytes):>14}  {hours}"]
+    return [
+        *lines,
+        f"  {'together':10}{_size(cache.total_bytes):>14}  {hours}",
+        f"  kept in {keeping['files']:,} files and a manifest of {_size(keeping['manifest'])}; "
+        f"memory for it: {_size(keeping['driver'])} in the build's driver, "
+        f"{_size(keeping['worker'])} in each training worker",
+    ]
 
 
 def _training_lines(training: TrainingPlan) -> list[str]:
