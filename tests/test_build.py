@@ -20,6 +20,7 @@ from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor
+from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.sources import DataConfig
 from tinyflux.distributed.data import worker_steps
@@ -244,7 +245,8 @@ def test_a_student_trains_on_pictures_of_several_sizes(configs):
     dataset, model = CachedDataset(mixed.directory), TinyFluxDeep(configs.model)
     dataset.check(configs.model, True, True)
     config = TrainerConfig(batch_size=3, gradient_accumulation=1, dtype=torch.float32)
-    steps = worker_steps(dataset, range(len(dataset)), config, 0, 1, 0)
+    mixture = CacheMixture([MixSource(str(mixed.directory))])
+    steps = worker_steps(mixture, mixture.held_out(0.0), config, 0, 1, 0)
     grids = set()
     for _, step in zip(range(5), steps, strict=False):
         (batch,) = step.micro_batches

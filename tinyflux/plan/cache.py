@@ -32,7 +32,7 @@ SHARD_FILL = 0.64
 
 # What keeping the cache takes, measured by benchmarks/scale.py: bytes of a key in the driver's
 # memory; of a shard's receipts and manifest entry there; of the latter on disk and in a worker.
-DRIVER_SAMPLE, DRIVER_SHARD, MANIFEST_SHARD, WORKER_SHARD = 24, 13_000, 1_550, 2_500
+DRIVER_SAMPLE, DRIVER_SHARD, MANIFEST_SHARD, WORKER_SHARD = 24, 13_000, 1_550, 3_300
 
 
 @dataclass(frozen=True)
