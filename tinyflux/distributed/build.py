@@ -84,7 +84,7 @@ class RayRunner:
         cache = self._configs.cache
         rows = [{"task": json.dumps(to_dict(task))} for task in tasks]
         ray = _start_ray(cache)
-        # Ray Data spends tens of milliseconds of the driver on each block.
+        # Ray Data spends some ten milliseconds of the driver on each block.
         blocks = min(len(rows), max(MOST_BLOCKS, BLOCKS_PER_ACTOR * cache.num_actors))
         answers = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _ShardActor,
