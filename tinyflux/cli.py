@@ -98,7 +98,30 @@ def _demo(arguments: Sequence[str]) -> None:
     print(run_demo(options.fresh))
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    from contextlib import redirect_stdout
+
+    from tinyflux.config import parse_run_config
+    from tinyflux.plan.plan import make_plan
+
+    parser = argparse.ArgumentParser(prog="tinyflux plan", allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE", help="YAML run file, with a `cluster` section")
+    parser.add_argument(
+        "--measure", action="store_true", help="index the pictures and encode a few batches on Ray"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="train a few steps on this machine"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run_config(["--config", options.file, *rest], "tinyflux plan")
+    with redirect_stdout(sys.stderr):  # what measuring says of itself
+        made = make_plan(run, options.measure, options.calibrate)
+    print(made.to_json() if options.json else made)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "plan": ("say what a run will take of a cluster, before anything is spent", _plan),
     "cache": ("build a dataset from captioned pictures, and look after it", _cache),
     "train": ("train a student from a dataset", _train),
     "sample": ("draw pictures for prompts", _sample),

@@ -19,6 +19,7 @@ from tinyflux.distributed.train import WorkersConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.zoo import ZooConfig
+from tinyflux.plan.cluster import ClusterConfig
 from tinyflux.serving.batch import SampleConfig
 from tinyflux.serving.engine import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
@@ -37,6 +38,7 @@ class RunConfig:
         run_dir: where it writes.
         preset: model settings to start from; ``model`` changes single ones.
         mix: caches to train on together, with weights; left empty, ``cache.path`` alone.
+        cluster: what ``tinyflux plan`` plans for; no other job reads it.
     """
 
     run_dir: str = "runs/run"
@@ -50,6 +52,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     mix: list[MixSource] = field(default_factory=list)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux") -> RunConfig:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ from tinyflux.cache.manifest import (
 )
 from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
 from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt
-from tinyflux.cache.reuse import FormerRows, Reused, read_contents
+from tinyflux.cache.reuse import FormerRows, Reused
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER, is_whole, write_null_text
 from tinyflux.cache.sources import DataConfig, Unit, list_units
@@ -315,23 +315,18 @@ def _encode(
     """Receipts of every planned file; what has none is made."""
     directory = configs.directory
     makers = {group: info.maker for group, info in recipe.groups.items()}
-    receipts: Receipts = {}
+    receipts = read_receipts(directory, planned, makers)
     lacking: dict[str, list[str]] = {}
     for shard in planned:
-        for group, maker in makers.items():
-            receipt = read_receipt(directory, shard.name, group, maker)
-            if receipt is None:
-                lacking.setdefault(shard.name, []).append(group)
-            else:
-                receipts[shard.name, group] = receipt
+        if missing := [group for group in makers if (shard.name, group) not in receipts]:
+            lacking[shard.name] = missing
     todo = {shard.name: shard for shard in planned if shard.name in lacking}
     if not todo:
         return receipts
     total, left = (sum(shard.rows for shard in some) for some in (planned, todo.values()))
     if receipts:
         print(f"cache: {total - left} of {total} rows are there as they should be", flush=True)
-    former = FormerRows(directory, makers, {shard.name for shard in planned})
-    tasks = [_task(directory, s, lacking[s.name], makers, former) for s in todo.values()]
+    tasks = describe_tasks(directory, planned, lacking, makers)
     progress = _Progress(runner, "encoded", "rows", total, total - left)
     failed = len(rejected.rows)
     for name in runner.encode(tasks):
@@ -351,7 +346,7 @@ def _encode(
     if len(receipts) != len(planned) * len(makers):
         raise CacheError("Ray ended before every shard was built: run the job again to continue")
     _print_work(receipts, lacking)
-    if (expected := _read_estimate(directory)) is not None and len(todo) == len(planned):
+    if (expected := read_estimate(directory)) is not None and len(todo) == len(planned):
         sizes: dict[str, int] = {}
         for (_, group), receipt in receipts.items():
             sizes[group] = sizes.get(group, 0) + (receipt.file.bytes if receipt.file else 0)
@@ -359,26 +354,43 @@ def _encode(
     return receipts
 
 
-def _read_estimate(directory: Path) -> Estimate | None:
+def read_estimate(directory: Path) -> Estimate | None:
+    """What :func:`estimate` found out here, if it was asked."""
     try:
         return from_dict(Estimate, json.loads((directory / ESTIMATE_NAME).read_bytes()), "estimate")
     except (OSError, ValueError, TypeError, ConfigError):
         return None
 
 
-def _task(
+def read_receipts(
+    directory: Path, planned: Iterable[PlannedShard], makers: Mapping[str, str]
+) -> Receipts:
+    """Those of the planned files that are there."""
+    found: Receipts = {}
+    for shard in planned:
+        for group, maker in makers.items():
+            if (receipt := read_receipt(directory, shard.name, group, maker)) is not None:
+                found[shard.name, group] = receipt
+    return found
+
+
+def describe_tasks(
     directory: Path,
-    shard: PlannedShard,
-    groups: list[str],
-    makers: dict[str, str],
-    former: FormerRows,
-) -> ShardTask:
-    reused: dict[str, Reused] = {}
-    for group in groups:
-        contents = read_contents(directory / shard.file.path, group, shard.size)
-        reused[group] = former.find(group, contents)
-    wanted = {group: makers[group] for group in groups}
-    return ShardTask(shard.name, shard.size, shard.file.path, wanted, reused)
+    planned: Sequence[PlannedShard],
+    lacking: Mapping[str, list[str]],
+    makers: Mapping[str, str],
+) -> list[ShardTask]:
+    """What is to be made of the shards that lack groups, and what of it is known already."""
+    former = FormerRows(directory, makers, {shard.name for shard in planned})
+    found = []
+    for shard in planned:
+        reused: dict[str, Reused] = {}
+        for group in lacking.get(shard.name, ()):
+            reused[group] = former.find(group, directory / shard.file.path, shard.size)
+        if reused:
+            wanted = {group: makers[group] for group in reused}
+            found.append(ShardTask(shard.name, shard.size, shard.file.path, wanted, reused))
+    return found
 
 
 def _commit(

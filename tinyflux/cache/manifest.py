@@ -17,7 +17,8 @@ MANIFEST_NAME = "manifest.json"
 BUILD_MARK = "build.json"  # in a directory that a build job owns, from its first moment on
 
 
-@dataclass(frozen=True)
+# There are millions of these in a large dataset.
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file of the dataset: path relative to it, size, checksum, where its tensors lie."""
 
@@ -27,7 +28,7 @@ class FileInfo:
     columns: dict[str, Layout] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """Row-aligned files, one per column group.
 
@@ -169,7 +170,7 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(path.read_bytes(), object_hook=_Files())
         except (FileNotFoundError, NotADirectoryError):
             unfinished = (directory / BUILD_MARK).exists()
             raise CacheError(
@@ -177,7 +178,7 @@ class Manifest:
                 if unfinished
                 else f"there is no cache at '{directory}': build it first, or check the path"
             ) from None
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -191,12 +192,37 @@ class Manifest:
                 f"the cache and build it again"
             )
         try:
-            manifest = from_dict(cls, data, str(path))
-        except (ConfigError, TypeError) as error:
+            files = {name: data.pop(name) for name in ("null_text", "rejected")}
+            shards = tuple(
+                ShardInfo(**{**shard, "dropped": tuple(shard["dropped"])})
+                for shard in data.pop("shards")
+            )
+            head = from_dict(cls, {**data, "shards": []}, str(path))
+            manifest = dataclasses.replace(head, shards=shards, **files)
+        except (ConfigError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
         if not manifest.shards or manifest.rows != sum(s.samples for s in manifest.shards):
             raise CacheError(f"'{path}' is damaged (row counts): build the cache again")
         return manifest
+
+
+class _Files:
+    """Makes files of JSON objects while they are parsed.
+
+    A large dataset has a million of them. Its files lie alike, so they share their layouts.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[tuple[tuple[str, Layout], ...], dict[str, Layout]] = {}
+
+    def __call__(self, item: dict[str, Any]) -> Any:
+        if "offset" in item:
+            return Layout(**{**item, "shape": tuple(item["shape"])})
+        if "sha256" in item:
+            columns = item["columns"]
+            shared = self._columns.setdefault(tuple(columns.items()), columns)
+            return FileInfo(item["path"], item["bytes"], item["sha256"], shared)
+        return item
 
 
 def sha256(data: bytes | memoryview) -> str:

@@ -39,14 +39,17 @@ class MixSource:
 class CacheMixture:
     """Caches one behind the other; a mixture of one is that cache.
 
+    Args:
+        check_files: see :class:`CachedDataset`.
+
     Raises:
         CacheError: a cache that cannot be opened, or caches whose teachers were asked at different
             times.
     """
 
-    def __init__(self, sources: Sequence[MixSource]):
+    def __init__(self, sources: Sequence[MixSource], check_files: bool = True):
         self.sources = list(sources)
-        self.caches = [CachedDataset(Path(source.path)) for source in sources]
+        self.caches = [CachedDataset(Path(source.path), check_files) for source in sources]
         self._ends = np.cumsum([len(cache) for cache in self.caches])
         times = [cache.t_buckets.tolist() for cache in self.caches if cache.t_buckets.numel()]
         if any(one != times[0] for one in times):

@@ -17,6 +17,7 @@ import pyarrow as pa
 from tinyflux.cache.keys import Size, digest_of, sample_key
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
+from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import DataConfig, choose_size, size_problem
 
@@ -63,7 +64,8 @@ def plan_shards(
 ) -> Iterator[PlannedShard]:
     """Cut the pictures of ``tables`` (``index.SCHEMA``) into shards and write their rows files.
 
-    Only the shards that are being filled are held. The cut depends on the samples alone.
+    The shards that are being filled, one table and 16 bytes of each sample are held. The cut
+    depends on the samples alone.
     """
     open_shards: dict[Size, list[Row]] = {}
     for size, row in _samples(data, tables, rejected):
@@ -85,8 +87,9 @@ def _ends_shard(key: str, rows: int, most: int) -> bool:
 def _samples(
     data: DataConfig, tables: Iterable[pa.Table], rejected: Rejected
 ) -> Iterator[tuple[Size, Row]]:
-    known: set[bytes] = set()
+    known = SeenKeys()
     for table in tables:
+        found: list[tuple[Size, Row]] = []
         for entry in table.to_pylist():
             rejected.seen += 1
             width, height, reason = entry["width"], entry["height"], entry["reason"]
@@ -97,12 +100,11 @@ def _samples(
             size = choose_size(width, height, data)
             for caption in entry["captions"]:
                 key = sample_key(entry["picture"], size, caption)
-                if bytes.fromhex(key) in known:
-                    rejected.duplicates += 1
-                    continue
-                known.add(bytes.fromhex(key))
                 row = {name: entry[name] for name in SHARED}
-                yield size, {KEY: key, "caption": caption, **row}
+                found.append((size, {KEY: key, "caption": caption, **row}))
+        repeated = known.add([str(row[KEY]) for _, row in found])
+        rejected.duplicates += sum(repeated)
+        yield from (sample for sample, again in zip(found, repeated, strict=True) if not again)
 
 
 SHARED = ("picture", "mask_picture", "source", "locator", "mask_locator", "width", "height")

@@ -5,7 +5,8 @@ question of a build that continues: is this very thing there already?
 """
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tinyflux.util.files import atomic_write
 RECEIPT_FOLDER = "receipts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """A column group of a shard.
 
@@ -65,10 +66,13 @@ def read_receipt(directory: Path, shard: str, group: str, maker: str) -> Receipt
     return receipt if receipt is not None and receipt.maker == maker else None
 
 
-def all_receipts(directory: Path) -> Iterator[Receipt]:
-    """Every valid receipt, by name."""
-    for path in sorted((directory / RECEIPT_FOLDER).glob("*.json")):
-        if (receipt := _read(directory, path)) is not None:
+def all_receipts(directory: Path, passed_over: Collection[str] = ()) -> Iterator[Receipt]:
+    """Every valid receipt, by name; those of shards ``passed_over`` are not even read."""
+    names = sorted(entry.name for entry in os.scandir(directory / RECEIPT_FOLDER))
+    for name in names:
+        if not name.endswith(".json") or name.split(".", 1)[0] in passed_over:
+            continue
+        if (receipt := _read(directory, directory / RECEIPT_FOLDER / name)) is not None:
             yield receipt
 
 

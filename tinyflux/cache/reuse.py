@@ -39,9 +39,8 @@ class FormerRows:
     def __init__(self, directory: Path, makers: Mapping[str, str], planned: Collection[str]):
         self._shards: dict[str, list[ShardInfo]] = {}
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
-        for receipt in all_receipts(directory):
-            wanted = makers.get(receipt.group) == receipt.maker
-            if wanted and receipt.file is not None and receipt.shard not in planned:
+        for receipt in all_receipts(directory, passed_over=planned):
+            if makers.get(receipt.group) == receipt.maker and receipt.file is not None:
                 self._add(directory, receipt)
 
     def _add(self, directory: Path, receipt: Receipt) -> None:
@@ -58,9 +57,12 @@ class FormerRows:
                 places.setdefault(content, (len(shards), row))
         shards.append(ShardInfo(receipt.shard, receipt.rows, {receipt.group: receipt.file}))
 
-    def find(self, group: str, contents: Sequence[str]) -> Reused:
-        """Those of ``contents`` that are known."""
+    def find(self, group: str, rows_file: Path, size: Size) -> Reused:
+        """Those rows of a shard, listed in ``rows_file``, that are known."""
         places, found = self._places.get(group, {}), Reused()
+        if not places:
+            return found  # as in every first build, which need not read its lists for it
+        contents = read_contents(rows_file, group, size)
         numbers: dict[int, int] = {}
         for row, content in enumerate(contents):
             if content in places:

@@ -49,7 +49,7 @@ MAX_COLUMN_BYTES = 2**31 - 2**16
 Column = Tensor | Sequence[str] | Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Where a tensor column's raw values lie in its file.
 

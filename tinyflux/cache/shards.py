@@ -6,6 +6,8 @@ is really where the manifest says.
 """
 
 import hashlib
+import os
+import stat
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,8 +172,11 @@ def checksum(path: Path) -> str:
 
 def is_whole(directory: Path, file: FileInfo) -> bool:
     """Whether the file is there with its full size (its checksum is not looked at)."""
-    path = directory / file.path
-    return path.is_file() and path.stat().st_size == file.bytes
+    try:
+        found = os.stat(f"{directory}/{file.path}")
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
 
 
 class ShardReader:

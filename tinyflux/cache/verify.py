@@ -13,6 +13,7 @@ from tinyflux.cache.build import MAKERS_NAME
 from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo
 from tinyflux.cache.receipts import RECEIPT_FOLDER
 from tinyflux.cache.schema import DTYPE_FIELD, KEY, SHAPE_FIELD
+from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import ShardReader, checksum, finite_rows, is_whole
 
 
@@ -40,7 +41,7 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
     """
     manifest = Manifest.load(directory)
     found: list[Problem] = []
-    seen: set[str] = set()
+    seen = SeenKeys()
     for number, shard in enumerate(manifest.shards, start=1):
         keys: list[str] | None = None
         for group, file in shard.files.items():
@@ -52,11 +53,12 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
                     problem = f"cannot be read as Parquet ({error!s:.100})"
             if problem is not None:
                 found.append(Problem(file.path, problem))
-        dropped = set(shard.dropped)
-        twice = [key for row, key in enumerate(keys or []) if row not in dropped and key in seen]
-        if twice and manifest.built:
-            found.append(Problem(f"shard {shard.name}", f"key {twice[0]} is in the dataset twice"))
-        seen.update(keys or [])
+        if manifest.built and keys:
+            there, dropped = seen.add(keys), set(shard.dropped)
+            twice = [key for row, key in enumerate(keys) if there[row] and row not in dropped]
+            if twice:
+                what = f"key {twice[0]} is in the dataset twice"
+                found.append(Problem(f"shard {shard.name}", what))
         if progress is not None:
             progress(number, len(manifest.shards))
     for other in filter(None, (manifest.null_text, manifest.rejected)):

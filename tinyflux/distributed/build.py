@@ -18,12 +18,17 @@ from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.index import write_index
 from tinyflux.cache.manifest import Manifest
+from tinyflux.cache.receipts import read_receipt
 from tinyflux.cache.sources import DataConfig, Unit
 from tinyflux.distributed.metrics import Gauges
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.zoo import ZooConfig
 from tinyflux.util.config import from_dict, to_dict
+
+# Shards above these numbers share blocks. Few enough for the driver, enough to keep actors alike
+# busy to the end; receipts commit each shard all the same.
+MOST_BLOCKS, BLOCKS_PER_ACTOR = 4096, 8
 
 
 def plan_cache(
@@ -79,7 +84,9 @@ class RayRunner:
         cache = self._configs.cache
         rows = [{"task": json.dumps(to_dict(task))} for task in tasks]
         ray = _start_ray(cache)
-        answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        # Ray Data spends some ten milliseconds of the driver on each block.
+        blocks = min(len(rows), max(MOST_BLOCKS, BLOCKS_PER_ACTOR * cache.num_actors))
+        answers = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             _ShardActor,
             fn_constructor_args=[self._packed],
             batch_size=1,
@@ -127,6 +134,11 @@ class _ShardActor:
 
     def _encode(self, packed: str) -> str:
         task = from_dict(ShardTask, json.loads(packed), "a task")
+        if all(
+            read_receipt(self._configs.directory, task.name, group, maker)
+            for group, maker in task.makers.items()
+        ):
+            return task.name  # by an actor that died later in the same block
         if self._encoder is None:
             self._encoder = self._configs.encoder()
         self._encoder(task)

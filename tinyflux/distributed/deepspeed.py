@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tinyflux.distributed.memory import bucket_elements
 from tinyflux.errors import CheckpointError, ConfigError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
@@ -33,9 +34,6 @@ from tinyflux.trainer.sharding import (
 
 # What AdamW keeps for each element of a weight.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Elements: 128 MiB in fp32, enough to keep a fast network busy.
-LARGEST_BUCKET = 2**25
-ALIGNMENT = 2**12  # DeepSpeed wants buffers of a multiple of 2, networks more
 
 
 def check_zero(config: TrainerConfig, zero_stage: int, offload: bool = False) -> None:
@@ -126,8 +124,7 @@ class DeepSpeedEngine:
         this one, and ZeRO-3 would never let go of a weight.
         """
         sizes = [shape.numel() for shape in self._shapes.values()]
-        bucket = max(*sizes, min(LARGEST_BUCKET, sum(sizes) // 8))
-        bucket = -(-bucket // ALIGNMENT) * ALIGNMENT
+        bucket = bucket_elements(max(sizes), sum(sizes))
         sizes_of = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
         live = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
         return {**dict.fromkeys(sizes_of, bucket), **dict.fromkeys(live, 2 * bucket)}

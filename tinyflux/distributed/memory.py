@@ -1,6 +1,9 @@
-"""What a training worker holds in memory between steps, before activations."""
+"""What a training worker holds in memory and sends to others, before activations."""
 
 FP32 = 4  # bytes
+# Elements: 128 MiB in fp32, enough to keep a fast network busy.
+LARGEST_BUCKET = 2**25
+ALIGNMENT = 2**12  # DeepSpeed wants buffers of a multiple of 2, networks more
 
 
 def worker_bytes(
@@ -25,3 +28,30 @@ def worker_bytes(
         "moments": 2 * FP32 * (part if zero_stage >= 1 else trained),
         "ema": FP32 * part,
     }
+
+
+def bucket_elements(largest: int, parameters: int) -> int:
+    """Of each of DeepSpeed's buffers, for a model whose largest tensor has ``largest``."""
+    bucket = max(largest, min(LARGEST_BUCKET, parameters // 8))
+    return -(-bucket // ALIGNMENT) * ALIGNMENT
+
+
+def buffer_bytes(parameters: int, largest: int, zero_stage: int) -> int:
+    """Of DeepSpeed's buffers: two for gradients, at stage 3 as many again for weights on call."""
+    buffers = (0, 2, 2, 4)[zero_stage]
+    return FP32 * buffers * bucket_elements(largest, parameters)
+
+
+def sent_bytes(
+    parameters: int, trainable: int, num_workers: int, zero_stage: int, micro_batches: int
+) -> int:
+    """That a worker sends in one optimizer step, by ring collectives on fp32.
+
+    A reduction to everybody sends 2 of the ``num_workers`` parts' shares, one to the part's owner,
+    or a gathering, 1. Stages 0 and 1 reduce once a step; 2 and 3 with every micro-batch, and 3
+    gathers the weights for its forward and for its backward.
+    """
+    reductions = 2 if zero_stage == 0 else 1 if zero_stage == 1 else micro_batches
+    gradients = reductions * trainable
+    weights = (0, trainable, trainable, 2 * micro_batches * parameters)[zero_stage]
+    return FP32 * (gradients + weights) * (num_workers - 1) // num_workers

@@ -173,9 +173,9 @@ class _Job:
             metrics=self.root / "metrics.jsonl",
         )
 
-    def open_data(self) -> CacheMixture:
+    def open_data(self, check_files: bool) -> CacheMixture:
         """The caches, checked against the model."""
-        data = CacheMixture(self.data)
+        data = CacheMixture(self.data, check_files)
         data.check(
             self.model,
             self.trainer.enable_lune and self.model.use_lune_expert,
@@ -209,7 +209,7 @@ def train(run: TrainRun) -> Path:
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
     check_trackers(job.trainer.trackers)
-    job.open_data()
+    job.open_data(check_files=True)
 
     (job.root / "ray").mkdir(parents=True, exist_ok=True)
     try:
@@ -284,7 +284,7 @@ def _worker(settings: dict[str, Any]) -> None:
 def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> None:
     """Continue the run on this worker until it is done."""
     config, paths, main = job.trainer, job.paths(), rank == 0
-    data = job.open_data()
+    data = job.open_data(check_files=main)  # a thousand workers would ask about millions of files
     held_out = data.held_out(config.val_fraction)
 
     torch.manual_seed(config.seed)  # the same first weights on every worker
@@ -389,7 +389,7 @@ def _evaluator(settings: dict[str, Any], device: torch.device) -> Evaluator:
     """What looks at the run's weights, in its own process."""
     job = from_dict(_Job, settings, "the training job")
     config = job.trainer
-    data = job.open_data()
+    data = job.open_data(check_files=False)
     held_out = None
     if config.validate_every is not None:
         held_out = read_held_out(data, data.held_out(config.val_fraction))

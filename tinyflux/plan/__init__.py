@@ -1,0 +1,1 @@
+"""What a run will take of a cluster, before anything is spent."""

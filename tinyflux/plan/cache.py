@@ -1,0 +1,226 @@
+"""What building the cache will take."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyflux.cache.build import read_estimate
+from tinyflux.cache.estimate import Cost, Estimate
+from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
+from tinyflux.cache.schema import ROWS
+from tinyflux.cache.shards import SHARD_FOLDER
+from tinyflux.errors import ConfigError
+from tinyflux.model.teachers import SPATIAL_SIZE
+from tinyflux.model.zoo import ZooConfig
+from tinyflux.plan.cluster import ClusterConfig
+from tinyflux.util.buckets import default_buckets
+
+# FLOPs of one sample at 512 x 512, counted by torch's FlopCounterMode: either VAE's encoder;
+# SD1.5's UNet down to its middle (Lune) and whole (Sol), by bucket; T5-base at 128 tokens and CLIP.
+MEASURED_SIDE = 512
+VAE_FLOPS, LUNE_FLOPS, SOL_FLOPS, TEXT_FLOPS = 1117e9, 261e9, 803e9, 36e9
+
+KEY_BYTES = 36  # 32 hex digits and their length
+ROW_BYTES = 330  # of the rows file: digests, caption, where the picture is
+FILE_BYTES = 860.0  # of Parquet around the rows of a file
+# Shards end where their keys say: between a quarter of the most and all, at this on average.
+SHARD_FILL = 0.64
+
+
+# What keeping the cache takes, measured by benchmarks/scale.py: bytes of a key in the driver's
+# memory; of a shard's receipts and manifest entry there; of the latter on disk and in a worker.
+DRIVER_SAMPLE, DRIVER_SHARD, MANIFEST_SHARD, WORKER_SHARD = 24, 13_000, 1_550, 3_300
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The cache of a run.
+
+    Attributes:
+        origin: what the figures come from.
+        grid: height and width of latents.
+        bytes: by column group.
+        seconds_per_sample: by group, each alone, in one actor; empty if not known.
+        hours: of all actors side by side; None if not known, 0 if the cache is there.
+        actors: how many there are; ``nodes`` that they need.
+    """
+
+    origin: str
+    samples: int
+    shards: int
+    grid: tuple[int, int]
+    bytes: dict[str, float]
+    seconds_per_sample: dict[str, float]
+    hours: float | None
+    actors: int
+    nodes: int
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    @property
+    def bookkeeping(self) -> dict[str, int]:
+        """Files, and bytes of the manifest, of the driver's memory and of each worker's."""
+        return {
+            "files": self.shards * (2 * len(self.bytes) - 1),  # and a receipt for all but rows
+            "manifest": self.shards * MANIFEST_SHARD,
+            "driver": self.samples * DRIVER_SAMPLE + self.shards * DRIVER_SHARD,
+            "worker": self.samples + self.shards * WORKER_SHARD,
+        }
+
+    @property
+    def bytes_read(self) -> float:
+        """Of a sample, in training."""
+        return (self.total_bytes - self.bytes.get(ROWS, 0)) / self.samples
+
+
+def plan_cache(run: Any) -> CachePlan:
+    """From the cache itself, else an estimate that was measured for it, else formulas.
+
+    Args:
+        run: a ``RunConfig``.
+
+    Raises:
+        ConfigError: nobody said how many samples there are, or the actors do not fit.
+    """
+    cluster: ClusterConfig = run.cluster
+    directory = Path(run.cache.path) if run.cache.path else None
+    nodes = _nodes(run.cache.num_actors, run.cache, cluster)
+    factor = 2 ** (len(_vae_channels(run.zoo)) - 1)
+    grid = (run.data.height // factor, run.data.width // factor)
+    if directory is not None and (directory / MANIFEST_NAME).exists():
+        manifest = Manifest.load(directory)
+        if cluster.samples in (0, manifest.rows):
+            return _finished(manifest, run.cache.num_actors, nodes)
+    estimate = None if directory is None else read_estimate(directory)
+    origin, rows = "measured on a few batches", float(ROW_BYTES)
+    if estimate is None:
+        estimate = _by_formula(run, grid)
+        origin = "formulas" if estimate.cost.seconds_together else "formulas, which know no hours"
+    else:
+        assert directory is not None
+        lists = (directory / SHARD_FOLDER).glob(f"*.{ROWS}.*.parquet")
+        rows = sum(path.stat().st_size for path in lists) / estimate.samples
+        estimate = _scaled(estimate, cluster.samples, run.cache.num_actors)
+    groups = {group: estimate.bytes(group) for group in estimate.cost.bytes_per_sample}
+    known = bool(estimate.cost.seconds_together)
+    return CachePlan(
+        origin,
+        estimate.samples,
+        estimate.shards,
+        grid,
+        {ROWS: rows * estimate.samples, **groups},
+        estimate.cost.seconds_per_sample,
+        estimate.hours if known else None,
+        estimate.actors,
+        nodes,
+    )
+
+
+def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
+    sizes: dict[str, float] = {}
+    for shard in manifest.shards:
+        for group, file in shard.files.items():
+            sizes[group] = sizes.get(group, 0) + file.bytes
+    layout = manifest.layout("latents")
+    assert layout is not None
+    grid = (layout.shape[1], layout.shape[2])
+    shards = len(manifest.shards)
+    return CachePlan("the finished cache", manifest.rows, shards, grid, sizes, {}, 0, actors, nodes)
+
+
+def _nodes(actors: int, cache: Any, cluster: ClusterConfig) -> int:
+    """That hold the actors."""
+    gpus, cpus = cluster.gpus_per_node, cluster.cpus_per_node
+    each = actors
+    if cache.gpus_per_actor:
+        each = min(each, _fit(gpus, cache.gpus_per_actor))
+    if cache.cpus_per_actor and cpus:
+        each = min(each, int(cpus / cache.cpus_per_actor))
+    if each * cluster.nodes < actors:
+        raise ConfigError(
+            f"cache.num_actors = {actors} do not fit {cluster.nodes} nodes of "
+            f"{cluster.gpus_per_node} GPUs and {cluster.cpus_per_node or 'unstated'} CPUs, which "
+            f"hold {each} each: lower cache.num_actors, cache.cpus_per_actor or "
+            f"cache.gpus_per_actor, or state more nodes"
+        )
+    return -(-actors // each)
+
+
+def _fit(gpus: int, wanted: float) -> int:
+    """Ray gives an actor whole GPUs, or a share of one."""
+    return gpus // -int(-wanted // 1) if wanted > 1 else gpus * int(1 / wanted)
+
+
+def _scaled(estimate: Estimate, samples: int, actors: int) -> Estimate:
+    """The same kind of pictures, ``samples`` of them unless 0."""
+    factor = samples / estimate.samples if samples else 1.0
+    shards = max(1, round(estimate.shards * factor))
+    sizes = {name: round(count * factor) for name, count in estimate.samples_by_size.items()}
+    return dataclasses.replace(
+        estimate,
+        samples=samples or estimate.samples,
+        shards=shards,
+        actors=min(actors, shards),
+        samples_by_size=sizes,
+    )
+
+
+def _by_formula(run: Any, grid: tuple[int, int]) -> Estimate:
+    """Bytes from shapes; seconds from FLOPs, where the models are the published ones."""
+    model, cluster = run.model, run.cluster
+    if not cluster.samples:
+        raise ConfigError(
+            "the number of samples is not known: set cluster.samples, or let --measure look at "
+            "the pictures"
+        )
+    buckets = len(default_buckets())
+    every_token = model.text_padding == "encoder"
+    tokens = model.max_text_length if every_token else cluster.caption_tokens
+    text = 2 * (min(tokens, model.max_text_length) * model.t5_hidden_size)
+    sizes = {
+        "latents": 2.0 * model.in_channels * grid[0] * grid[1],
+        "text": text + 2 * model.pooled_projection_dim + (0 if every_token else 8),
+    }
+    flops = {"latents": VAE_FLOPS, "text": TEXT_FLOPS}
+    if run.cache.extract_lune:
+        sizes["lune"] = 2 * buckets * model.lune_expert_dim
+        flops["lune"] = VAE_FLOPS + buckets * LUNE_FLOPS
+    if run.cache.extract_sol:
+        sizes["sol"] = 2 * buckets * (4 + SPATIAL_SIZE**2)
+        flops["sol"] = VAE_FLOPS + buckets * SOL_FLOPS
+    published = not os.path.isdir(run.zoo.experts_repo)
+    rate = cluster.flops * (run.cache.gpus_per_actor or 1) if published else 0.0
+    seconds = {group: count / rate for group, count in flops.items()} if rate else {}
+    teachers = sum(name in flops for name in ("lune", "sol"))
+    saved = max(0, teachers - 1) * VAE_FLOPS  # the teachers share their latents
+    together = (sum(flops.values()) - saved) / rate if rate else 0.0
+    shards = -(-cluster.samples // max(1, round(SHARD_FILL * run.cache.rows_per_shard)))
+    size = f"{run.data.width} x {run.data.height}"
+    cost = Cost(
+        {group: KEY_BYTES + value for group, value in sizes.items()},
+        dict.fromkeys(sizes, FILE_BYTES),
+        seconds,
+        together,
+        0.0,
+        0,
+        0,
+    )
+    actors = min(run.cache.num_actors, shards)
+    # Latents scale with the picture: bytes are this size's already, FLOPs those of 512 x 512.
+    scale = run.data.width * run.data.height / MEASURED_SIDE**2
+    cost = dataclasses.replace(cost, seconds_together=together * scale)
+    here = (run.data.width, run.data.height)
+    return Estimate(cluster.samples, shards, actors, {size: cluster.samples}, here, cost)
+
+
+def _vae_channels(zoo: ZooConfig) -> list[int]:
+    """Channels of the student's VAE by level: each but the last halves a picture's sides."""
+    for place in (Path(zoo.vae_repo, "vae", "config.json"), Path(zoo.vae_repo, "config.json")):
+        if place.is_file():
+            return json.loads(place.read_text())["block_out_channels"]
+    return [128, 256, 512, 512]  # FLUX's
