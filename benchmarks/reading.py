@@ -99,10 +99,10 @@ def write(loader: str, folder: Path, shards: int) -> None:
     elif loader == "mosaicml-streaming":
         from streaming import MDSWriter
 
-        columns = {
+        kinds = {
             name: f"ndarray:float16:{','.join(map(str, shape))}" for name, shape in SHAPES.items()
         }
-        with MDSWriter(out=str(folder), columns=columns, size_limit=2**26) as writer:
+        with MDSWriter(out=str(folder), columns=kinds, size_limit=2**26) as writer:
             for _, row in rows_of(shards):
                 writer.write(row)
     elif loader == "litdata":
