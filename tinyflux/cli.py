@@ -80,16 +80,27 @@ def _toy(arguments: Sequence[str]) -> None:
         print(f"toy world (trained on OpenMoji, ships with the package): {unpack(options.folder)}")
 
 
-def _demo(arguments: Sequence[str]) -> None:
-    # Its last two stages are its own; the others are the jobs above.
-    if arguments and arguments[0] in ("evaluate", "report"):
-        from tinyflux.config import parse_run_config
-        from tinyflux.demo.evaluate import evaluate
-        from tinyflux.demo.report import write_report
+def _evaluate(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.review.evaluate import evaluate
 
-        stage = evaluate if arguments[0] == "evaluate" else write_report
-        print(stage(parse_run_config(arguments[1:], f"demo {arguments[0]}")))
-        return
+    print(evaluate(parse_run_config(arguments, "evaluate")))
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from tinyflux.config import parse_run_config
+    from tinyflux.review.report import write_report
+
+    print(write_report(parse_run_config(arguments, "report")))
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from tinyflux.review.stages import run_file
+
+    print(run_file(arguments))
+
+
+def _demo(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tinyflux demo")
     parser.add_argument("--fresh", action="store_true", help="start over")
     options = parser.parse_args(arguments)
@@ -124,6 +135,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "plan": ("say what a run will take of a cluster, before anything is spent", _plan),
     "cache": ("build a dataset from captioned pictures, and look after it", _cache),
     "train": ("train a student from a dataset", _train),
+    "evaluate": ("measure a finished run against an untrained student", _evaluate),
+    "report": ("write a finished run's report as one page", _report),
+    "run": ("cache, train, evaluate and report, as one file says", _run),
     "sample": ("draw pictures for prompts", _sample),
     "serve": ("answer prompts over HTTP", _serve),
     "export": ("write a student as a diffusers pipeline that needs no TinyFlux", _export),

@@ -1,64 +1,29 @@
-"""Runs the demo's stages one after another, each as the command that a user would type.
+"""The demo: the toy's pictures and world, then a run as any other, with a server at its end."""
 
-A stage that finished is not run again; one that was stopped continues, because every stage's own
-command continues from what it finds.
-"""
-
-import dataclasses
-import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from tinyflux.config import RunConfig, load_run_config
-from tinyflux.errors import ConfigError, TinyFluxError
+from tinyflux.errors import ConfigError
+from tinyflux.review.stages import QUIET, Stage, StageFailed, main_stages, run_stages
 from tinyflux.util.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
-# Stages tell their progress themselves; no library's bars or requests between their lines.
-QUIET = {"TQDM_DISABLE": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}
 CONFIG = Path("configs/demo.yaml")
 SERVE_PROMPT = "red apple"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One step of the demo.
-
-    Attributes:
-        name: its key in ``stages.json``.
-        title: what it does, for people.
-        command: arguments after ``python``; what the report says to type for this stage alone.
-        run: does it; None means running ``command``.
-    """
-
-    name: str
-    title: str
-    command: list[str]
-    run: Callable[["Stage"], None] | None = None
-
-    @property
-    def shell(self) -> str:
-        """The command as typed in the root of a checkout."""
-        return shlex.join([".venv/bin/python", *self.command])
-
-
-class StageFailed(TinyFluxError):
-    """A stage's command ended with an error, which it has printed itself."""
 
 
 def stages(run: RunConfig) -> list[Stage]:
     """The demo's stages in order."""
     config = ["--config", str(CONFIG)]
-    demo = ["-m", "tinyflux", "demo"]
+    main = main_stages(config)
     return [
         Stage(
             "pictures",
@@ -70,33 +35,21 @@ def stages(run: RunConfig) -> list[Stage]:
             "unpack the toy world (VAE, T5, CLIP, Lune, Sol), trained beforehand on OpenMoji",
             ["-m", "tinyflux", "toy", "world", run.zoo.vae_repo],
         ),
-        Stage(
-            "cache",
-            "encode pictures, captions and teacher features with Ray Data",
-            ["ray_jobs/build_cache.py", *config],
-        ),
-        Stage(
-            "train",
-            "train the student with Ray Train and DeepSpeed",
-            ["ray_jobs/train.py", *config],
-        ),
+        main["cache"],
+        main["train"],
         Stage(
             "sample",
             "draw pictures from the EMA weights",
-            ["ray_jobs/sample.py", *config],
+            ["-m", "tinyflux", "sample", *config],
         ),
         Stage(
             "serve",
             "start Ray Serve, ask for a picture over HTTP, stop it",
-            ["ray_jobs/serve.py", *config],
+            ["-m", "tinyflux", "serve", *config],
             run=lambda stage: _serve_and_ask(stage, run),
         ),
-        Stage(
-            "evaluate",
-            "measure how well pictures follow prompts, against an untrained student",
-            [*demo, "evaluate", *config],
-        ),
-        Stage("report", "write the report", [*demo, "report", *config]),
+        main["evaluate"],
+        main["report"],
     ]
 
 
@@ -121,45 +74,10 @@ def run_demo(fresh: bool) -> Path:
     if fresh and run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-
-    record_path = run_dir / "stages.json"
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    settings = hashlib.sha256((ROOT / CONFIG).read_bytes()).hexdigest()
-    plan = stages(run)
     started = time.monotonic()
-    redo = False
-    for number, stage in enumerate(plan, start=1):
-        done = record.get(stage.name)
-        heading = f"[{number}/{len(plan)}] {stage.name}: {stage.title}"
-        if done and done["settings"] == settings and not redo:
-            print(f"{heading} - done before in {done['seconds']:.0f} s", flush=True)
-            continue
-        redo = True  # what follows was made from what this stage made
-        print(f"\n{heading}\n$ {stage.shell}", flush=True)
-        begun = time.monotonic()
-        if stage.run is None:
-            _call(stage)
-        else:
-            stage.run(stage)
-        record[stage.name] = {
-            "title": stage.title,
-            "command": stage.shell,
-            "seconds": round(time.monotonic() - begun, 1),
-            "settings": settings,
-        }
-        atomic_write(record_path, (json.dumps(record, indent=2) + "\n").encode())
+    run_stages(stages(run), run, ROOT)
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. The report:", flush=True)
     return run_dir / "report.html"
-
-
-def _call(stage: Stage) -> None:
-    command = [sys.executable, *stage.command]
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **QUIET}, check=False).returncode
-    if code:
-        raise StageFailed(
-            f"the stage '{stage.name}' ended with exit code {code}, see above; "
-            f"`make demo` continues from here"
-        )
 
 
 def _serve_and_ask(stage: Stage, run: RunConfig) -> None:

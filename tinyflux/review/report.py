@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what a demo run did."""
+"""One self-contained HTML page that shows what a run did."""
 
 import base64
 import html
@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from PIL import Image
 
 from tinyflux.config import RunConfig
+from tinyflux.errors import MissingDependencyError, TinyFluxError
+from tinyflux.review.stages import RECORD
 from tinyflux.toy.openmoji import ATTRIBUTION
+from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.files import atomic_write
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -48,6 +47,15 @@ def _figure(path: Path, caption: str) -> str:
 
 def _chart(series: dict[str, tuple[list[float], list[float]]], ylabel: str) -> str:
     """Lines over training steps as inline SVG; ``series`` maps a name to (steps, values)."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a report needs the package matplotlib: pip install 'tinyflux[report]'"
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(5.2, 3), layout="constrained")
     for name, (steps, values) in series.items():
         axes.plot(steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=name)
@@ -84,86 +92,124 @@ def _stage_rows(stages: dict[str, Any], rates: dict[str, str]) -> str:
 
 
 def write_report(run: RunConfig) -> Path:
-    """Write ``report.html`` from what the demo's stages left in the run directory."""
+    """Write ``report.html`` from what the stages left in the run directory.
+
+    Raises:
+        TinyFluxError: the run was not trained or not evaluated yet.
+    """
     run_dir = Path(run.run_dir)
-    stages = json.loads((run_dir / "stages.json").read_text())
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    world = json.loads((Path(run.zoo.vae_repo) / "world.json").read_text())
-    served = json.loads((run_dir / "served.json").read_text())
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    manifest = json.loads((Path(run.cache.path) / "manifest.json").read_text())
-
-    folder = Path(run.data.folder)
-    pictures = sorted(folder.glob("*.png"))
-    shown = pictures[:: max(1, len(pictures) // 40)]
-    originals = "".join(_figure(p, p.with_suffix(".txt").read_text().strip()) for p in shown)
-
-    nearest = evaluation["nearest"]
-    pairs = "".join(
-        _figure(run_dir / "evaluation" / pair["picture"], pair["prompt"])
-        for pair in nearest["pictures"]
+    evaluation = _read(run_dir / "evaluation.json")
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    if evaluation is None or not metrics:
+        missing = "evaluation.json" if evaluation is None else "metrics.jsonl"
+        raise TinyFluxError(
+            f"there is no {missing} in '{run_dir}': train and evaluate first, or `tinyflux run`"
+        )
+    stages = _read(run_dir / RECORD) or {}
+    world = _read(Path(run.zoo.vae_repo) / "world.json")
+    served = _read(run_dir / "served.json")
+    steps = max(line["step"] for line in metrics)
+    nearest, losses = evaluation["nearest"], evaluation.get("held_out")
+    pairs = nearest["pictures"]
+    drawn, shown = (
+        "".join(_figure(run_dir / "evaluation" / pair[kind], pair["prompt"]) for pair in pairs)
+        for kind in ("picture", "reference")
     )
     progress = "".join(
         f"<h3>After step {_step_of(grid)}</h3><img src='{_picture(grid)}' alt='' "
         f"style='width: {Image.open(grid).width * 2}px'>"
         for grid in sorted((run_dir / "samples").glob("*.png"), key=_step_of)
     )
-    train_seconds = stages["train"]["seconds"]
-    steps = max(line["step"] for line in metrics)
-    rates = {
-        "pictures": f"{len(pictures) / stages['pictures']['seconds']:.0f} pictures/s",
-        "cache": f"{manifest['rows'] / stages['cache']['seconds']:.1f} samples/s with start-up",
-        "train": f"{steps * run.trainer.batch_size / train_seconds:.0f} samples/s with start-up",
-        "serve": f"{served['seconds']:.2f} s for the picture",
-    }
-    losses = _series(metrics, total="loss", velocity="loss_main")
-    heads = _series(metrics, Lune="loss_lune", Sol="loss_sol")
     held_out = _series(metrics, EMA_weights="val_velocity_ema", raw_weights="val_velocity")
-    loss = evaluation["held_out"]
+    charts = _chart(_series(metrics, total="loss", velocity="loss_main"), "training loss")
+    charts += _chart(_series(metrics, Lune="loss_lune", Sol="loss_sol"), "distillation loss")
+    charts += _chart(held_out, "held-out velocity loss") if held_out else ""
+    title = html.escape(f"TinyFlux run {run_dir.name}")
+    toy = ""
+    if world is not None:
+        toy = (
+            f"The frozen VAE, CLIP and teachers are a toy world that was trained beforehand (VAE: "
+            f"{world['vae']['psnr_db']} dB) and ships with the package: a toy of this size and "
+            f"time remembers, it does not invent."
+        )
     page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>TinyFlux demo</title>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
-<h1>TinyFlux demo</h1>
-<p class=note>A toy: {evaluation["parameters"] / 1e6:.1f}M parameters, {run.data.width} x
-{run.data.height} px, {len(pictures)} OpenMoji drawings, {steps} steps of
-{run.trainer.batch_size} samples on {html.escape(evaluation["machine"])}. The frozen VAE, CLIP and
-teachers were trained beforehand (VAE: {world["vae"]["psnr_db"]} dB) and ship with the package.</p>
+<h1>{title}</h1>
+<p class=note>{evaluation["parameters"] / 1e6:.1f}M parameters, {steps} steps of
+{run.trainer.batch_size} samples on {html.escape(evaluation["machine"])}. {toy}</p>
 
 <div class=figures>
 <div><div class=big>{nearest["trained"]["top1"]:.0%}</div>of {nearest["count"]} pictures are nearest
-to their own caption's drawing<br><span class=note>untrained student
+to their own caption's picture<br><span class=note>untrained student
 {nearest["untrained"]["top1"]:.0%}, chance {1 / nearest["count"]:.0%};<br>among the five nearest:
 {nearest["trained"]["top5"]:.0%} against {nearest["untrained"]["top5"]:.0%}, chance
-{5 / nearest["count"]:.0%}</span></div>
-<div><div class=big>{loss["trained"]["val_velocity"]:.3f}</div>held-out velocity loss<br>
-<span class=note>untrained student {loss["untrained"]["val_velocity"]:.3f}; {loss["count"]}
-drawings
-never trained on</span></div>
+{min(1, 5 / nearest["count"]):.0%}</span></div>
+{_loss(losses)}
 </div>
 
 <h2>What it draws</h2>
 <p>EMA weights, {run.sample.num_steps} steps, guidance {run.sample.guidance_scale}. The prompts are
-captions that it was trained on: a toy of this size and time remembers, it does not invent.</p>
-{pairs}
-<h2>What it was shown</h2>
-{originals}
-<h2>Over HTTP</h2>
-<p>Ray Serve's answer to <b>{html.escape(served["prompt"])}</b>.</p>
-{_figure(run_dir / "served.png", served["prompt"])}
+captions that it was trained on.</p>
+{drawn}
+<h2>What it was shown with them</h2>
+<p>The data's latents, decoded.</p>
+{shown}
+{_over_http(run_dir, served)}
 <h2>As training went on</h2>
-{progress}
+{progress or "<p>No samples were drawn (trainer.sample_every).</p>"}
 <h2>Losses</h2>
-{_chart(losses, "training loss")}{_chart(heads, "distillation loss")}
-{_chart(held_out, "held-out velocity loss") if held_out else ""}
+{charts}
 <h2>Stages</h2>
 <table><tr><th>stage</th><th>time</th><th>rate</th><th>this stage alone</th></tr>
-{_stage_rows(stages, rates)}</table>
-<p class=note>{html.escape(ATTRIBUTION)} Pictures made here derive from theirs.</p>
+{_stage_rows(stages, _rates(run, stages, steps, served))}</table>
+<p class=note>{html.escape(ATTRIBUTION) if world is not None else ""}</p>
 </body></html>
 """
     path = run_dir / "report.html"
     atomic_write(path, page.encode())
     return path
+
+
+def _read(path: Path) -> Any:
+    """A JSON file, or None where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _loss(losses: dict[str, Any] | None) -> str:
+    if losses is None:
+        return ""
+    return (
+        f"<div><div class=big>{losses['trained']['val_velocity']:.3f}</div>held-out velocity loss"
+        f"<br><span class=note>untrained student {losses['untrained']['val_velocity']:.3f}; "
+        f"{losses['count']} samples never trained on</span></div>"
+    )
+
+
+def _over_http(run_dir: Path, served: dict[str, Any] | None) -> str:
+    if served is None:
+        return ""
+    return (
+        f"<h2>Over HTTP</h2><p>Ray Serve's answer to <b>{html.escape(served['prompt'])}</b>.</p>"
+        f"{_figure(run_dir / 'served.png', served['prompt'])}"
+    )
+
+
+def _rates(
+    run: RunConfig, stages: dict[str, Any], steps: int, served: dict[str, Any] | None
+) -> dict[str, str]:
+    """What the stages that are known by a rate achieved, their start-up counted."""
+    rates = {}
+    manifest = _read(Path(run.cache.path) / "manifest.json")
+    if "cache" in stages and manifest is not None:
+        rate = manifest["rows"] / max(stages["cache"]["seconds"], 1e-9)
+        rates["cache"] = f"{rate:.1f} samples/s with start-up"
+    if "train" in stages:
+        rate = steps * run.trainer.batch_size / max(stages["train"]["seconds"], 1e-9)
+        rates["train"] = f"{rate:.0f} samples/s with start-up"
+    if served is not None:
+        rates["serve"] = f"{served['seconds']:.2f} s for the picture"
+    return rates
 
 
 def _step_of(grid: Path) -> int:

@@ -1,0 +1,167 @@
+"""Do a run's pictures follow their prompts? Figures against an untrained student and chance."""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.config import RunConfig
+from tinyflux.distributed.data import read_held_out
+from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.model.loader import WEIGHTS_NAME, load_model
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.zoo import resolve_device
+from tinyflux.serving.pictures import png_bytes
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.validation import validate
+from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.files import atomic_write
+
+PROMPTS = 64
+
+
+def nearest_share(pictures: Tensor, references: Tensor) -> dict[str, float]:
+    """How often picture i ``[N, 3, H, W]`` is nearest to reference i, by squared pixel error.
+
+    Returns:
+        ``top1``, and ``top5``: its reference is among the five nearest.
+    """
+    distances = torch.cdist(pictures.flatten(1), references.flatten(1))
+    own = distances.diagonal()[:, None]
+    closer = (distances < own).sum(1)
+    return {
+        "top1": (closer < 1).float().mean().item(),
+        "top5": (closer < 5).float().mean().item(),
+    }
+
+
+def evaluate(run: RunConfig) -> Path:
+    """Write ``evaluation.json`` and the pictures it speaks of, as a task of Ray's; its path.
+
+    Raises:
+        TinyFluxError: there is no finished run, or no cache.
+    """
+    ensure_ray()
+    import ray
+
+    workers = run.workers
+    task = ray.remote(_evaluate).options(
+        num_cpus=workers.cpus_per_worker, num_gpus=1 if workers.use_gpu else 0
+    )
+    try:
+        return Path(ray.get(task.remote(to_dict(run))))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def _evaluate(packed: dict[str, Any]) -> str:
+    run = from_dict(RunConfig, packed, "the run")
+    device = resolve_device(run.zoo.device)
+    trained = load_model(f"{run.run_dir}/final", device=str(device), dtype=torch.float32)
+    torch.manual_seed(run.trainer.seed)
+    untrained = TinyFluxDeep(run.model).to(device).eval()
+    models = {"untrained": untrained, "trained": trained}
+    data = CacheMixture(list(run.mix) or [MixSource(run.cache.path)])
+    held_out_rows = data.held_out(run.trainer.val_fraction)
+    record = {
+        "parameters": sum(parameter.numel() for parameter in trained.parameters()),
+        "weights": hashlib.sha256(
+            Path(run.run_dir, "final", WEIGHTS_NAME).read_bytes()
+        ).hexdigest(),
+        "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
+        "nearest": _draw(
+            run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])], device
+        ),
+    }
+    if held_out_rows.any():
+        held_out = read_held_out(data, held_out_rows)
+        losses = {
+            name: validate(model, held_out, run.trainer, data.t_buckets)
+            for name, model in models.items()
+        }
+        record["held_out"] = {"count": int(held_out_rows.sum()), **losses}
+        print(
+            f"held-out velocity loss: {losses['trained']['val_velocity']:.4f}, untrained "
+            f"{losses['untrained']['val_velocity']:.4f}",
+            flush=True,
+        )
+    path = Path(run.run_dir) / "evaluation.json"
+    atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
+    return str(path)
+
+
+def _draw(
+    run: RunConfig,
+    models: dict[str, TinyFluxDeep],
+    data: CachedDataset,
+    trained_on: np.ndarray,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Pictures for captions of the training data, and how many are nearest to their own picture.
+
+    The data's pictures are its latents, decoded; those of its most frequent size are taken. Of
+    several caches the first is drawn from.
+    """
+    (height, width), rows = max(_sizes(data, trained_on).items(), key=lambda item: len(item[1]))
+    step = max(1, len(rows) // PROMPTS)
+    chosen = rows[::step][:PROMPTS]
+    captions = data.captions()
+    prompts = [captions[row] for row in chosen]
+    zoo = run.zoo.build(run.model)
+    shift = run.model.latent_shift
+    references = zoo.decode_latents(data.read(chosen)["latents"], shift=shift).cpu()
+    shares: dict[str, Any] = {}
+    for name, model in models.items():
+        sampler = Sampler(zoo, model, device=device, dtype=torch.float32)
+        drawn = sampler.generate(
+            prompts,
+            num_steps=run.sample.num_steps,
+            guidance_scale=run.sample.guidance_scale,
+            height=height,
+            width=width,
+            seed=run.sample.seed,
+            negative_prompt=run.sample.negative_prompt,
+        ).cpu()
+        shares[name] = nearest_share(drawn, references)
+        print(
+            f"{name}: {shares[name]['top1']:.0%} of {len(prompts)} pictures are nearest to their "
+            f"own caption's picture, {shares[name]['top5']:.0%} among the five nearest",
+            flush=True,
+        )
+    output = Path(run.run_dir) / "evaluation"
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for index, (prompt, image, wanted) in enumerate(zip(prompts, drawn, references, strict=True)):
+        names = {"picture": f"{index:03d}.png", "reference": f"{index:03d}.data.png"}
+        atomic_write(output / names["picture"], png_bytes(image))
+        atomic_write(output / names["reference"], png_bytes(wanted))
+        pictures.append({"prompt": prompt, **names})
+    return {"count": len(prompts), **shares, "pictures": pictures}
+
+
+def _sizes(data: CachedDataset, chosen: np.ndarray) -> dict[tuple[int, int], list[int]]:
+    """Chosen rows by their latents' ``(h, w)``."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for size, rows in data.grids():
+        here = [row for row in rows if chosen[row]]
+        if here:
+            found.setdefault(size, []).extend(here)
+    return found
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,133 @@
+"""A run's stages one after another, each as the command that a user would type.
+
+A stage that finished is not run again; one that was stopped continues, because every stage's own
+command continues from what it finds.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyflux.config import RunConfig, parse_run_config, save_run_config
+from tinyflux.errors import TinyFluxError
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write
+
+RECORD = "stages.json"
+# Stages tell their progress themselves; no library's bars or requests between their lines.
+QUIET = {"TQDM_DISABLE": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: its key in ``stages.json``.
+        title: what it does, for people.
+        command: arguments after ``python``; what the report says to type for this stage alone.
+        run: does it; None means running ``command``.
+    """
+
+    name: str
+    title: str
+    command: list[str]
+    run: Callable[["Stage"], None] | None = None
+
+    @property
+    def shell(self) -> str:
+        """The command as typed in the root of a checkout."""
+        return shlex.join([".venv/bin/python", *self.command])
+
+
+class StageFailed(TinyFluxError):
+    """A stage's command ended with an error, which it has printed itself."""
+
+
+def main_stages(config: Sequence[str]) -> dict[str, Stage]:
+    """What every run has, by name: ``config`` is ``--config FILE`` and overrides."""
+    tinyflux = ["-m", "tinyflux"]
+    found = [
+        Stage(
+            "cache",
+            "encode pictures, captions and teacher features with Ray Data",
+            [*tinyflux, "cache", "build", *config],
+        ),
+        Stage(
+            "train",
+            "train the student with Ray Train and DeepSpeed",
+            [*tinyflux, "train", *config],
+        ),
+        Stage(
+            "evaluate",
+            "measure how well pictures follow prompts, against an untrained student",
+            [*tinyflux, "evaluate", *config],
+        ),
+        Stage("report", "write the report", [*tinyflux, "report", *config]),
+    ]
+    return {stage.name: stage for stage in found}
+
+
+def run_file(arguments: Sequence[str]) -> Path:
+    """Cache, train, evaluate and report as one run file says; the report's path.
+
+    Args:
+        arguments: the file and overrides.
+
+    Raises:
+        StageFailed: a stage's command failed; what went wrong has been printed by it.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise TinyFluxError("say which run: tinyflux run FILE [--section.key VALUE]")
+    config = ["--config", arguments[0], *arguments[1:]]
+    run = parse_run_config(config, "run")
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    save_run_config(run, Path(run.run_dir) / "config.yaml")
+    run_stages(list(main_stages(config).values()), run, Path.cwd())
+    return Path(run.run_dir) / "report.html"
+
+
+def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
+    """Run every stage that has not run yet with these settings, in ``root``."""
+    record_path = Path(run.run_dir) / RECORD
+    record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    settings = hashlib.sha256(json.dumps(to_dict(run), sort_keys=True).encode()).hexdigest()
+    redo = False
+    for number, stage in enumerate(stages, start=1):
+        done = record.get(stage.name)
+        heading = f"[{number}/{len(stages)}] {stage.name}: {stage.title}"
+        if done and done["settings"] == settings and not redo:
+            print(f"{heading} - done before in {done['seconds']:.0f} s", flush=True)
+            continue
+        redo = True  # what follows was made from what this stage made
+        print(f"\n{heading}\n$ {stage.shell}", flush=True)
+        begun = time.monotonic()
+        if stage.run is None:
+            _call(stage, root)
+        else:
+            stage.run(stage)
+        record[stage.name] = {
+            "title": stage.title,
+            "command": stage.shell,
+            "seconds": round(time.monotonic() - begun, 1),
+            "settings": settings,
+        }
+        atomic_write(record_path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _call(stage: Stage, root: Path) -> None:
+    command = [sys.executable, *stage.command]
+    code = subprocess.run(command, cwd=root, env={**os.environ, **QUIET}, check=False).returncode
+    if code:
+        raise StageFailed(
+            f"the stage '{stage.name}' ended with exit code {code}, see above; "
+            f"the same command continues from here"
+        )
