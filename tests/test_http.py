@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -471,33 +470,3 @@ def test_the_page_draws_in_a_real_browser(server, browser, tmp_path):
     page.close()
     assert complaints == []
     assert elsewhere == []
-
-
-def test_a_queue_that_lasts_gets_another_replica(server):  # the last: it deploys anew
-    config = yaml.safe_load((server.place / "serve.yaml").read_text())
-    config["applications"][0]["args"]["serve.max_replicas"] = "2"
-    (server.place / "serve.yaml").write_text(yaml.safe_dump(config))
-    deploy(server.cluster, server.place / "serve.yaml")
-    enough = threading.Event()
-
-    def keep_asking(_):
-        statuses = set()
-        while not enough.is_set():
-            with contextlib.suppress(httpx.TransportError):
-                statuses.add(server.draw(num_steps=100).status_code)
-        return statuses
-
-    def replicas():
-        with contextlib.suppress(httpx.TransportError, KeyError):
-            told = server.http.get("/admin/replicas").json()["replicas"]
-            return len({one["replica"] for one in told if one["model"] == "tinyflux"})
-        return 0
-
-    wait_for(lambda: answers(f"{server.url}/readyz") and replicas() == 1, 200)
-    with ThreadPoolExecutor(MAX_BATCH + MAX_QUEUE) as pool:
-        asked = [pool.submit(keep_asking, i) for i in range(MAX_BATCH + MAX_QUEUE)]
-        try:
-            wait_for(lambda: replicas() == 2, 120)
-        finally:
-            enough.set()
-        assert set().union(*(one.result() for one in asked)) <= {200, 429}
