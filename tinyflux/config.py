@@ -158,6 +158,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _resolve_paths(run: RunConfig) -> None:
+    for name, place in (
+        ("run_dir", run.run_dir),
+        ("cache.path", run.cache.path),
+        ("sample.output_dir", run.sample.output_dir),
+        *((f"mix[{index}].path", source.path) for index, source in enumerate(run.mix)),
+    ):
+        if place and "://" in place:
+            raise ConfigError(
+                f"{name} '{place}' is a URL: it must be a directory on a disk that all nodes share"
+            )
     run.run_dir = os.path.abspath(run.run_dir)
     run.sample.checkpoint = run.sample.checkpoint or f"{run.run_dir}/final"
     run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/drawn"
