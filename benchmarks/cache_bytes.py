@@ -28,6 +28,7 @@ from torch import Tensor
 from tinyflux.cache.manifest import ShardInfo
 from tinyflux.cache.schema import GROUPS
 from tinyflux.cache.shards import ShardReader, write_shard
+from tinyflux.cache.store import LocalStore
 
 PREDECESSOR_KIB = 348
 BATCH = 32
@@ -53,7 +54,7 @@ def features(rows: int, tokens: int) -> dict[str, Tensor]:
 
 def read_mapped(directory: Path, shard: ShardInfo, order: np.ndarray) -> float:
     """Rows per second of TinyFlux's own reader."""
-    reader, started = ShardReader(directory), time.perf_counter()
+    reader, started = ShardReader(LocalStore(directory)), time.perf_counter()
     for at in range(0, len(order), BATCH):
         for group, file in shard.files.items():
             for name in GROUPS[group]:
@@ -86,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, trim in (("padded", False), ("unpadded", True)):
             directory = Path(folder, name)
-            shard = write_shard(directory, "00000", keys, columns, trim_text=trim)
+            shard = write_shard(LocalStore(directory), "00000", keys, columns, trim_text=trim)
             read_mapped(directory, shard, order)
             size = sum(file.bytes for file in shard.files.values())
             found[f"{name}, uncompressed pages by memory map"] = {

@@ -68,13 +68,14 @@ class SyntheticRunner(LocalRunner):
 
     def prepare(self) -> Callable[[], Makers]:
         groups = {group: GroupInfo({}, "float16", 1) for group in ("latents", "text")}
-        text = write_null_text(self._configs.directory, torch.zeros(1, 1), torch.zeros(1))
+        text = write_null_text(self._configs.store, torch.zeros(1, 1), torch.zeros(1))
         return lambda: Makers(Recipe(groups=groups), text)
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
-        directory = self._configs.directory
+        store = self._configs.store
         for task in tasks:
-            keys = pq.read_table(directory / task.rows_file, columns=[KEY])[KEY].to_pylist()
+            rows = pa.BufferReader(store.read(task.rows_file))
+            keys = pq.read_table(rows, columns=[KEY])[KEY].to_pylist()
             ones = torch.ones(len(keys), 1, 1, 1).half()
             columns = {
                 "latents": {"latents": ones},
@@ -82,8 +83,8 @@ class SyntheticRunner(LocalRunner):
             }
             for group, maker in task.makers.items():
                 path = group_path(task.name, group, maker)
-                file = write_group(directory, path, keys, columns[group], trim_text=True)
-                Receipt(task.name, group, maker, len(keys), task.size, file).save(directory)
+                file = write_group(store, path, keys, columns[group], trim_text=True)
+                Receipt(task.name, group, maker, len(keys), task.size, file).save(store)
             yield task.name
 
 
@@ -107,8 +108,8 @@ def measure(folder: str, rows: int) -> dict[str, float]:
     timed("build", lambda: build(configs, SyntheticRunner(configs)))
     timed("build_again", lambda: build(configs, SyntheticRunner(configs)))
     timed("open_and_read_keys", lambda: CachedDataset(configs.cache.path).keys())
-    timed("verify", lambda: verify(configs.directory))
-    found["manifest_bytes"] = (configs.directory / "manifest.json").stat().st_size
+    timed("verify", lambda: verify(configs.store))
+    found["manifest_bytes"] = len(configs.store.read("manifest.json"))
     found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return found
 

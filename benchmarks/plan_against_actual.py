@@ -23,6 +23,7 @@ import torch
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
 from tinyflux.distributed.train import WorkersConfig, train
@@ -81,7 +82,7 @@ def main() -> None:
         started = time.perf_counter()
         manifest = build_cache(run.data, run.zoo, run.cache, run.model)
         cache_seconds = time.perf_counter() - started
-        spent = sum(receipt.seconds for receipt in all_receipts(Path(run.cache.path)))
+        spent = sum(receipt.seconds for receipt in all_receipts(open_store(run.cache.path)))
         started = time.perf_counter()
         train(run)
         train_seconds = time.perf_counter() - started

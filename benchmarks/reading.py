@@ -88,14 +88,15 @@ def write(loader: str, folder: Path, shards: int) -> None:
     if loader == OURS:
         from tinyflux.cache.manifest import Manifest, Recipe
         from tinyflux.cache.shards import write_shard
+        from tinyflux.cache.store import LocalStore
 
-        found = []
+        found, store = [], LocalStore(folder)
         for shard in range(shards):
             keys = [f"{shard * ROWS_PER_SHARD + row:032x}" for row in range(ROWS_PER_SHARD)]
             columns = {name: torch.from_numpy(part) for name, part in samples(shard).items()}
-            found.append(write_shard(folder, f"{shard:05d}", keys, columns, trim_text=False))
+            found.append(write_shard(store, f"{shard:05d}", keys, columns, trim_text=False))
         buckets = tuple(np.linspace(0.05, 0.95, 10).tolist())
-        Manifest(shards * ROWS_PER_SHARD, Recipe(t_buckets=buckets), tuple(found)).save(folder)
+        Manifest(shards * ROWS_PER_SHARD, Recipe(t_buckets=buckets), tuple(found)).save(store)
     elif loader == "mosaicml-streaming":
         from streaming import MDSWriter
 

@@ -43,6 +43,7 @@ from tinyflux.cache.reuse import FormerRows
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.store import LocalStore
 from tinyflux.distributed.order import Rows, SampleOrder, Stream
 from tinyflux.util.config import to_dict
 
@@ -145,7 +146,7 @@ def make_manifest(samples: int) -> Manifest:
 def plan(root: Path, samples: int) -> Work:
     (root / SHARD_FOLDER).mkdir()
     tables = list(index(samples))
-    return lambda: list(plan_shards(root, config(), tables, 1024, Rejected()))
+    return lambda: list(plan_shards(LocalStore(root), config(), tables, 1024, Rejected()))
 
 
 def write_receipts(root: Path, samples: int) -> list[PlannedShard]:
@@ -158,34 +159,34 @@ def write_receipts(root: Path, samples: int) -> list[PlannedShard]:
             file = group_file(number, group)
             (root / file.path).touch()
             receipt = Receipt(shard.name, group, MAKER, shard.rows, shard.size, file)
-            path = receipt_path(root, shard.name, group, MAKER)
+            path = root / receipt_path(shard.name, group, MAKER)
             path.write_bytes(json.dumps(to_dict(receipt)).encode())
     return planned
 
 
 def receipts(root: Path, samples: int) -> Work:
     planned = write_receipts(root, samples)
-    return lambda: read_receipts(root, planned, MAKERS)
+    return lambda: read_receipts(LocalStore(root), planned, MAKERS)
 
 
 def former(root: Path, samples: int) -> Work:
     planned = write_receipts(root, samples)
-    return lambda: FormerRows(root, MAKERS, {shard.name for shard in planned})
+    return lambda: FormerRows(LocalStore(root), MAKERS, {shard.name for shard in planned})
 
 
 def manifest(root: Path, samples: int) -> Work:
     made = make_manifest(samples)
-    return lambda: made.save(root)
+    return lambda: made.save(LocalStore(root))
 
 
 def tasks(root: Path, samples: int) -> Work:
     (root / SHARD_FOLDER).mkdir()
     (root / "receipts").mkdir()
-    planned = list(plan_shards(root, config(), index(samples), 1024, Rejected()))
+    planned = list(plan_shards(LocalStore(root), config(), index(samples), 1024, Rejected()))
     lacking = {shard.name: list(COLUMNS) for shard in planned}
 
     def describe() -> list[str]:
-        found = describe_tasks(root, planned, lacking, MAKERS)
+        found = describe_tasks(LocalStore(root), planned, lacking, MAKERS)
         return [json.dumps(to_dict(task)) for task in found]
 
     return describe
@@ -216,7 +217,7 @@ def write_dataset(root: Path, samples: int, rows_file: bytes) -> None:
             ),
             built=True,
         )
-    made.save(root)
+    made.save(LocalStore(root))
 
 
 def open_dataset(root: Path, samples: int) -> Work:
@@ -227,7 +228,7 @@ def open_dataset(root: Path, samples: int) -> Work:
 def held_out(root: Path, samples: int) -> Work:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / SHARD_FOLDER).mkdir()
-        lists = plan_shards(Path(folder), config(), index(2000), PER_SHARD, Rejected())
+        lists = plan_shards(LocalStore(folder), config(), index(2000), PER_SHARD, Rejected())
         whole = max(lists, key=lambda shard: shard.rows)
         content = (Path(folder) / whole.file.path).read_bytes()
     write_dataset(root, samples, content)

@@ -91,9 +91,9 @@ def assert_same(one, other, tolerance=0.0):
 
 def computed(configs):
     """Builds, and counts the rows that went through models, by group."""
-    before = {(r.shard, r.group, r.maker) for r in all_receipts(configs.directory)}
+    before = {(r.shard, r.group, r.maker) for r in all_receipts(configs.store)}
     make(configs)
-    new = [r for r in all_receipts(configs.directory)
+    new = [r for r in all_receipts(configs.store)
            if (r.shard, r.group, r.maker) not in before]  # fmt: skip
     return {group: sum(r.computed for r in new if r.group == group) for group in GROUPS}
 
@@ -104,9 +104,9 @@ NOTHING = dict.fromkeys(GROUPS, 0)
 def test_a_finished_cache_is_left_as_it_is(configs):
     manifest = make(configs)
     assert manifest.rows == len(CAPTIONS)
-    stamps = {path: path.stat().st_mtime_ns for path in configs.directory.rglob("*")}
+    stamps = {path: path.stat().st_mtime_ns for path in configs.store.directory.rglob("*")}
     assert make(configs) == manifest
-    assert {path: path.stat().st_mtime_ns for path in configs.directory.rglob("*")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in configs.store.directory.rglob("*")} == stamps
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (5, 2), (100, 12)])
@@ -115,7 +115,7 @@ def test_features_do_not_depend_on_shards_or_batches(configs, rows, batch):
     other = changed(configs, cache={"path": f"{configs.cache.path}-other",
                                     "rows_per_shard": rows, "batch_size": batch})  # fmt: skip
     make(other)
-    assert_same(other.directory, configs.directory, tolerance=2e-3)
+    assert_same(other.store.directory, configs.store.directory, tolerance=2e-3)
 
 
 def test_the_library_without_a_job_computes_the_same(configs):
@@ -123,7 +123,7 @@ def test_the_library_without_a_job_computes_the_same(configs):
     folder = Path(configs.data.folder)
     images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
     cache = DatasetCache.build(configs.zoo.build(configs.model), images, CAPTIONS)
-    dataset = CachedDataset(configs.directory)
+    dataset = CachedDataset(configs.store.directory)
     order = sorted(range(len(dataset)), key=dataset.sources().__getitem__)
     rows = dataset.read(order)
     for name in ("latents", "t5_embeds", "clip_pooled"):
@@ -141,11 +141,11 @@ def test_other_shards_are_filled_from_what_is_there(configs):
 
 def test_another_text_encoder_recomputes_text_alone(configs, tmp_path):
     make(configs)
-    before = rows_by_key(configs.directory)
+    before = rows_by_key(configs.store.directory)
     other = make_world(tmp_path / "other", seed=1)
     new = changed(configs, zoo={"t5_repo": str(other / "t5")})
     assert computed(new) == {**NOTHING, "text": len(CAPTIONS)}
-    for key, (_, tensors) in rows_by_key(configs.directory).items():
+    for key, (_, tensors) in rows_by_key(configs.store.directory).items():
         assert not torch.equal(tensors["t5_embeds"], before[key][1]["t5_embeds"])
         assert torch.equal(tensors["lune"], before[key][1]["lune"])
     # The first encoder's files are still there.
@@ -165,25 +165,25 @@ def test_weights_that_were_trained_on_at_the_same_path_are_noticed(configs, tmp_
 def test_a_teacher_is_added_to_a_finished_cache(configs):
     make(changed(configs, cache={"extract_sol": False}))
     assert computed(configs) == {**NOTHING, "sol": len(CAPTIONS)}
-    assert "sol_stats" in CachedDataset(configs.directory).read([0])
+    assert "sol_stats" in CachedDataset(configs.store.directory).read([0])
 
 
 def test_an_edited_picture_recomputes_its_own_row(configs):
     make(configs)
-    before = rows_by_key(configs.directory)
+    before = rows_by_key(configs.store.directory)
     write_pictures(Path(configs.data.folder) / "tmp", ["x"], seed=9)
     os.replace(Path(configs.data.folder) / "tmp/000.png", Path(configs.data.folder) / "005.png")
     shutil.rmtree(Path(configs.data.folder) / "tmp")
     once = dict.fromkeys(("latents", "lune", "sol"), 1)
     assert computed(configs) == {**NOTHING, **once}
-    after = rows_by_key(configs.directory)
+    after = rows_by_key(configs.store.directory)
     assert len(before.keys() & after.keys()) == len(CAPTIONS) - 1
     for key in before.keys() & after.keys():
         for name, tensor in before[key][1].items():
             assert torch.equal(after[key][1][name], tensor)
     fresh = changed(configs, cache={"path": f"{configs.cache.path}-fresh"})
     make(fresh)
-    assert_same(configs.directory, fresh.directory, tolerance=2e-3)
+    assert_same(configs.store.directory, fresh.store.directory, tolerance=2e-3)
 
 
 def test_an_edited_caption_recomputes_what_saw_it(configs):
@@ -198,11 +198,11 @@ def test_renamed_added_and_removed_pictures(configs):
     for path in list(folder.iterdir()):
         path.rename(folder / f"z{path.name}" if path.stem < "004" else path)
     assert computed(configs) == NOTHING
-    assert "z000.png" in CachedDataset(configs.directory).sources()
+    assert "z000.png" in CachedDataset(configs.store.directory).sources()
     for name in ("z001.png", "z001.txt", "007.png", "007.txt"):
         (folder / name).unlink()
     assert computed(configs) == NOTHING
-    assert len(CachedDataset(configs.directory)) == len(CAPTIONS) - 2
+    assert len(CachedDataset(configs.store.directory)) == len(CAPTIONS) - 2
     write_pictures(folder / "more", ["new one", "another one"], seed=11)
     assert computed(configs) == dict.fromkeys(GROUPS, 2)
 
@@ -222,7 +222,7 @@ def test_pictures_of_several_sizes_and_a_new_size(configs):
     bucket = changed(configs, data={"resize": "bucket", "areas": (16,), "step": 4,
                                     "max_aspect": 2.0})  # fmt: skip
     make(bucket)
-    dataset = CachedDataset(bucket.directory)
+    dataset = CachedDataset(bucket.store.directory)
     grids = {grid for grid, _ in dataset.grids()}
     assert len(grids) == 3
     assert (4, 4) in grids
@@ -242,7 +242,7 @@ def test_a_student_trains_on_pictures_of_several_sizes(configs):
     write_pictures(folder / "wide", CAPTIONS[:3], size=(32, 16), seed=5)
     mixed = changed(configs, data={"resize": "bucket", "areas": (16,), "step": 4})
     make(mixed)
-    dataset = CacheMixture([MixSource(str(mixed.directory))])
+    dataset = CacheMixture([MixSource(str(mixed.store.directory))])
     model = TinyFluxDeep(configs.model)
     dataset.check(configs.model, True, True)
     config = TrainerConfig(
@@ -265,7 +265,7 @@ def test_masks_are_cached_beside_the_latents(configs):
     mask.paste(255, (0, 0, 8, 16))
     mask.save(folder / "003.mask.png")
     assert make(changed(configs, data={"mask_key": "mask"})).rows == len(CAPTIONS)
-    dataset = CachedDataset(configs.directory)
+    dataset = CachedDataset(configs.store.directory)
     masks = dict(zip(dataset.sources(), dataset.read(range(12))["mask"], strict=True))
     assert masks["003.png"].tolist() == [[1, 1, 0, 0]] * 4
     assert masks["004.png"].tolist() == [[1, 1, 1, 1]] * 4
@@ -276,11 +276,11 @@ def test_broken_pictures_are_left_out_up_to_a_share(configs):
     (folder / "002.png").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"1 of 12 pictures .*'002\.png' is not a picture"):
         make(configs)
-    assert not (configs.directory / "manifest.json").exists()
+    assert not (configs.store.directory / "manifest.json").exists()
     allowed = changed(configs, data={"max_rejected": 0.1})
     manifest = make(allowed)
     assert manifest.rows == len(CAPTIONS) - 1
-    table = pq.read_table(configs.directory / manifest.rejected.path).to_pylist()
+    table = pq.read_table(configs.store.directory / manifest.rejected.path).to_pylist()
     assert [row["source"] for row in table] == ["002.png"]
     assert "is not a picture" in table[0]["reason"]
     (folder / "003.png").write_bytes(b"")
@@ -319,12 +319,12 @@ def test_features_that_are_not_finite_and_long_captions_are_rejected(configs, mo
     allowed = changed(configs, data={"max_rejected": 0.2})
     manifest = make(allowed)
     assert manifest.rows == len(CAPTIONS) - 2
-    table = pq.read_table(configs.directory / manifest.rejected.path).to_pylist()
+    table = pq.read_table(configs.store.directory / manifest.rejected.path).to_pylist()
     reasons = {row["source"]: row["reason"] for row in table}
     assert reasons.keys() == {"001.png", "007.png"}
     assert "the limit is 24" in reasons["001.png"]
     assert reasons["007.png"] == "lune is not finite in float16"
-    dataset = CachedDataset(configs.directory)
+    dataset = CachedDataset(configs.store.directory)
     assert victim not in dataset.captions()
     assert torch.isfinite(dataset.read(range(len(dataset)))["lune"]).all()
     with pytest.raises(InputError, match="2 of 12 pictures"):
@@ -348,7 +348,7 @@ def test_an_actor_out_of_memory_halves_its_batch(configs, monkeypatch, capsys):
     assert sizes[:3] == [4, 2, 1]
     assert set(sizes[3:]) == {1}
     assert "going on with batches of 1" in capsys.readouterr().out
-    assert_same(other.directory, configs.directory, tolerance=2e-3)
+    assert_same(other.store.directory, configs.store.directory, tolerance=2e-3)
 
     def never(self, images, batch_size=32):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -370,7 +370,7 @@ def test_other_peoples_directories_and_two_jobs_at_once_are_refused(configs, tmp
     )
     with pytest.raises(CacheError, match="no build job made"):
         make(changed(configs, cache={"path": str(tmp_path / "memory")}))
-    with claim(configs.directory), pytest.raises(CacheError, match="another job is working"):
+    with claim(configs.store), pytest.raises(CacheError, match="another job is working"):
         make(configs)
     make(configs)
 
@@ -416,12 +416,12 @@ def test_a_store_that_refuses_writes_ends_with_a_sentence_and_resumes(configs, p
     assert finish(start(processes, configs, limit=3000)) == 2
     output = Path(f"{configs.cache.path}.error").read_text()
     assert "cannot be written" in output
-    assert not (configs.directory / "manifest.json").exists()
-    assert not list(configs.directory.rglob(".*.tmp"))
+    assert not (configs.store.directory / "manifest.json").exists()
+    assert not list(configs.store.directory.rglob(".*.tmp"))
     make(configs)
     fresh = changed(configs, cache={"path": f"{configs.cache.path}-fresh"})
     make(fresh)
-    assert_same(configs.directory, fresh.directory)
+    assert_same(configs.store.directory, fresh.store.directory)
 
 
 @pytest.mark.slow
@@ -437,18 +437,21 @@ def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processe
     while kills < 20:
         # All receipts gone now and then, so that there is always something to kill.
         if not dice.randrange(4):
-            for path in sorted(configs.directory.glob("receipts/*.json"))[::2]:
+            for path in sorted(configs.store.directory.glob("receipts/*.json"))[::2]:
                 path.unlink()
-        before = len(list(configs.directory.glob("receipts/*.json")))
+        before = len(list(configs.store.directory.glob("receipts/*.json")))
         process = start(processes, configs)
         time.sleep(dice.uniform(0, length))
         if process.is_alive():
             process.kill()
             kills += 1
         finish(process)
-        states.append(len(list(configs.directory.glob("receipts/*.json"))) - before)
+        states.append(len(list(configs.store.directory.glob("receipts/*.json"))) - before)
     assert min(states) >= 0  # nothing that was committed is lost
     assert max(states) > 0
     assert finish(start(processes, configs)) == 0
-    assert_same(configs.directory, straight.directory)
-    assert CachedDataset(configs.directory).keys() == CachedDataset(straight.directory).keys()
+    assert_same(configs.store.directory, straight.store.directory)
+    assert (
+        CachedDataset(configs.store.directory).keys()
+        == CachedDataset(straight.store.directory).keys()
+    )

@@ -80,7 +80,7 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
     mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
     dice = random.Random(1)
     drivers = actors = 0
-    receipts = mine.directory / "receipts"
+    receipts = mine.store.directory / "receipts"
     while drivers < 3 or actors < 3:
         driver = start(mine, head)
         count = len(list(receipts.glob("*.json")))
@@ -98,14 +98,16 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
             driver.wait()
         else:
             assert driver.wait(timeout=240) == 0  # the actor was replaced
-        if (mine.directory / "manifest.json").exists():
-            assert_same(mine.directory, configs.directory)
-            (mine.directory / "manifest.json").unlink()
+        if (mine.store.directory / "manifest.json").exists():
+            assert_same(mine.store.directory, configs.store.directory)
+            (mine.store.directory / "manifest.json").unlink()
             for path in sorted(receipts.glob("*.json"))[::2]:
                 path.unlink()
     assert start(mine, head).wait(timeout=240) == 0
-    assert_same(mine.directory, configs.directory)
-    assert CachedDataset(mine.directory).keys() == CachedDataset(configs.directory).keys()
+    assert_same(mine.store.directory, configs.store.directory)
+    assert (
+        CachedDataset(mine.store.directory).keys() == CachedDataset(configs.store.directory).keys()
+    )
 
 
 @pytest.mark.slow
@@ -126,14 +128,14 @@ def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, 
             env={**head.environment, "RAY_ADDRESS": cluster.address},
             cwd=Path(__file__).parents[1],
         )
-        wait_for(lambda: len(list(mine.directory.glob("receipts/*.json"))) >= 2, 120)
+        wait_for(lambda: len(list(mine.store.directory.glob("receipts/*.json"))) >= 2, 120)
         cluster.remove_node(nodes[1], allow_graceful=False)
         assert driver.wait(timeout=240) == 0
     finally:
         cluster.shutdown()
         del cluster, nodes
         gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
-    assert_same(mine.directory, configs.directory)
+    assert_same(mine.store.directory, configs.store.directory)
 
 
 @pytest.mark.slow

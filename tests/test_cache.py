@@ -14,6 +14,7 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor, Sample
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.shards import ShardReader, write_null_text, write_shard
+from tinyflux.cache.store import LocalStore
 from tinyflux.cache.verify import verify
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.trainer.cache_experts import EncodingCache
@@ -51,10 +52,10 @@ def write_dataset(directory: Path, columns, rows_per_shard=2) -> Path:
         part = slice(start, start + rows_per_shard)
         cut = {name: value[part] for name, value in values.items()}
         keys = [sample.key for sample in samples[part]]
-        shards.append(write_shard(directory, f"{start:05d}", keys, cut, trim_text=True))
-    null_text = write_null_text(directory, *extractor.null_text())
+        shards.append(write_shard(LocalStore(directory), f"{start:05d}", keys, cut, trim_text=True))
+    null_text = write_null_text(LocalStore(directory), *extractor.null_text())
     manifest = Manifest(len(samples), extractor.recipe(), tuple(shards), null_text)
-    manifest.save(directory)
+    manifest.save(LocalStore(directory))
     return directory
 
 
@@ -76,7 +77,7 @@ def test_rows_come_back_bit_equal_in_any_order_and_layout(tmp_path, columns, row
     }  # fmt: skip
     for name, rows in found.items():
         torch.testing.assert_close(rows, values[name][order].float(), rtol=0, atol=0)
-    assert verify(tmp_path / "cache") == []
+    assert verify(LocalStore(tmp_path / "cache")) == []
 
 
 @given(
@@ -96,7 +97,7 @@ def test_tensors_of_any_shape_come_back_bit_equal(
     t5 = torch.randn(rows, length, 3, generator=generator).to(dtype)
     for row, used in enumerate(torch.randint(0, length + 1, (rows,), generator=generator)):
         t5[row, used:] = 0  # down to captions without a single token
-    directory = tmp_path_factory.mktemp("shard")
+    directory = LocalStore(tmp_path_factory.mktemp("shard"))
     columns = {"latents": latents, "t5_embeds": t5, "clip_pooled": t5[:, 0]}
     shard = write_shard(directory, "a", [str(row) for row in range(rows)], columns, trim)
     order = torch.randint(0, rows, (5,), generator=generator)
@@ -187,7 +188,7 @@ def test_a_truncated_file_is_refused_and_a_flipped_byte_is_found(dataset):
     with pytest.raises(CacheError, match=r"00000\.lune\.parquet"):
         CachedDataset(dataset)
     path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    (problem,) = verify(dataset)
+    (problem,) = verify(LocalStore(dataset))
     assert str(problem) == "shards/00000.lune.parquet: its checksum differs"
 
 

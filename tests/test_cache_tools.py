@@ -19,7 +19,7 @@ from tinyflux.cache import build as build_module
 from tinyflux.cache.build import BuildConfigs, LocalRunner, claim, estimate
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.manifest import Manifest
+from tinyflux.cache.manifest import Manifest, sha256
 from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import drop, verify
 from tinyflux.cli import run_job
@@ -44,13 +44,13 @@ def built(tmp_path_factory):
 def configs(built, tmp_path):
     """The built cache, to be damaged."""
     mine = changed(built, cache={"path": str(tmp_path / "cache")})
-    shutil.copytree(built.directory, mine.directory)
+    shutil.copytree(built.store.directory, mine.store.directory)
     return mine
 
 
 def files(configs, group):
-    return [configs.directory / shard.files[group].path
-            for shard in Manifest.load(configs.directory).shards]  # fmt: skip
+    return [configs.store.directory / shard.files[group].path
+            for shard in Manifest.load(configs.store).shards]  # fmt: skip
 
 
 def flip(configs):
@@ -80,7 +80,7 @@ def swap(configs):
 
 
 def spoil_null_text(configs):
-    path = configs.directory / Manifest.load(configs.directory).null_text.path
+    path = configs.store.directory / Manifest.load(configs.store).null_text.path
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
@@ -96,34 +96,35 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_is_found_and_mended(configs, built, damage):
-    assert verify(configs.directory) == []
+    assert verify(configs.store) == []
     damage(configs)
-    problems = verify(configs.directory)
+    problems = verify(configs.store)
     assert problems
     assert all(re.search(DAMAGES[damage], problem.what) for problem in problems)
-    drop(configs.directory, problems)
+    drop(configs.store, problems)
     make(configs)
-    assert verify(configs.directory) == []
-    assert_same(configs.directory, built.directory)
+    assert verify(configs.store) == []
+    assert_same(configs.store.directory, built.store.directory)
 
 
 def relisted(configs, path):
     """The manifest with the true size and checksum of a file that was changed."""
-    from tinyflux.cache.shards import checksum
 
-    manifest = Manifest.load(configs.directory)
-    name = str(path.relative_to(configs.directory))
+    manifest = Manifest.load(configs.store)
+    name = str(path.relative_to(configs.store.directory))
 
     def mended(file):
         if file.path != name:
             return file
-        return dataclasses.replace(file, bytes=path.stat().st_size, sha256=checksum(path))
+        return dataclasses.replace(
+            file, bytes=path.stat().st_size, sha256=sha256(path.read_bytes())
+        )
 
     shards = [
         dataclasses.replace(s, files={group: mended(file) for group, file in s.files.items()})
         for s in manifest.shards
     ]
-    dataclasses.replace(manifest, shards=tuple(shards)).save(configs.directory)
+    dataclasses.replace(manifest, shards=tuple(shards)).save(configs.store)
 
 
 def test_what_a_checksum_does_not_tell(configs):
@@ -131,31 +132,31 @@ def test_what_a_checksum_does_not_tell(configs):
     table = pq.read_table(path)
     pq.write_table(table.take(list(range(table.num_rows))[::-1]), path)
     relisted(configs, path)
-    assert "another order" in verify(configs.directory)[0].what
+    assert "another order" in verify(configs.store)[0].what
 
     path = files(configs, "lune")[1]
-    layout = Manifest.load(configs.directory).shards[1].files["lune"].columns["lune"]
+    layout = Manifest.load(configs.store).shards[1].files["lune"].columns["lune"]
     data = bytearray(path.read_bytes())
     data[layout.offset : layout.offset + 2] = np.float16("nan").tobytes()
     path.write_bytes(data)
     relisted(configs, path)
-    assert "not finite" in verify(configs.directory)[-1].what
+    assert "not finite" in verify(configs.store)[-1].what
 
 
 def test_verify_and_gc_from_the_command_line(configs, capsys, tmp_path):
-    path = str(configs.directory)
+    path = str(configs.store.directory)
     assert run_job("cache", ["verify", path]) == 0
     assert "is whole" in capsys.readouterr().out
-    kept = {p for p in configs.directory.rglob("*") if p.is_file()}
+    kept = {p for p in configs.store.directory.rglob("*") if p.is_file()}
     other = make_world(tmp_path / "other", seed=1)
     make(changed(configs, zoo={"t5_repo": str(other / "t5")}))
     make(configs)
     assert run_job("cache", ["gc", path, "--dry-run"]) == 0
     assert "would free" in capsys.readouterr().out
-    with claim(configs.directory):
+    with claim(configs.store):
         assert run_job("cache", ["gc", path]) == 2
     assert run_job("cache", ["gc", path]) == 0
-    assert {p for p in configs.directory.rglob("*") if p.is_file()} == kept
+    assert {p for p in configs.store.directory.rglob("*") if p.is_file()} == kept
     assert run_job("cache", ["verify", path]) == 0
     flip(configs)
     assert run_job("cache", ["verify", path]) == 2
@@ -165,7 +166,7 @@ def test_verify_and_gc_from_the_command_line(configs, capsys, tmp_path):
 
 def test_inspect_shows_pictures(configs, capsys, tmp_path):
     page = tmp_path / "page.html"
-    arguments = ["inspect", str(configs.directory), "--html", str(page), "--samples", "5"]
+    arguments = ["inspect", str(configs.store.directory), "--html", str(page), "--samples", "5"]
     assert run_job("cache", [*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "12 rows in" in printed
@@ -178,8 +179,8 @@ def test_inspect_shows_pictures(configs, capsys, tmp_path):
 
 def test_export_is_read_by_others(configs, tmp_path, capsys):
     out = tmp_path / "plain"
-    assert run_job("cache", ["export", str(configs.directory), str(out)]) == 0
-    dataset = CachedDataset(configs.directory)
+    assert run_job("cache", ["export", str(configs.store.directory), str(out)]) == 0
+    dataset = CachedDataset(configs.store.directory)
     rows = dataset.read(range(len(dataset)))
     table = pq.read_table(out)
     assert table["key"].to_pylist() == dataset.keys()
@@ -194,7 +195,7 @@ def test_export_is_read_by_others(configs, tmp_path, capsys):
     duckdb = pytest.importorskip("duckdb")
     ((count,),) = duckdb.sql(f"select count(*) from '{out}/*.parquet' where width = 16").fetchall()
     assert count == len(dataset)
-    assert run_job("cache", ["export", str(configs.directory), str(out)]) == 2
+    assert run_job("cache", ["export", str(configs.store.directory), str(out)]) == 2
 
 
 def test_a_plan_comes_true(built, tmp_path, capsys):
@@ -209,14 +210,14 @@ def test_a_plan_comes_true(built, tmp_path, capsys):
     for group in ("latents", "text", "lune", "sol"):
         actual = sum(shard.files[group].bytes for shard in manifest.shards)
         assert plan.bytes(group) == pytest.approx(actual, rel=0.1), group
-    assert_same(mine.directory, built.directory)
-    assert build_module.ESTIMATE_NAME in {p.name for p in mine.directory.iterdir()}
+    assert_same(mine.store.directory, built.store.directory)
+    assert build_module.ESTIMATE_NAME in {p.name for p in mine.store.directory.iterdir()}
 
 
 def test_the_documented_example_reads_the_numbers(configs):
     page = (Path(__file__).parents[1] / "docs" / "cache.md").read_text()
     example = page.split("```python\n")[1].split("```")[0]
     found: dict = {}
-    exec(example.replace("runs/demo/cache", str(configs.directory)), found)
-    rows = CachedDataset(configs.directory).read(range(len(found["latents"])))
+    exec(example.replace("runs/demo/cache", str(configs.store.directory)), found)
+    rows = CachedDataset(configs.store.directory).read(range(len(found["latents"])))
     assert np.array_equal(found["latents"], rows["latents"].numpy())

@@ -103,7 +103,7 @@ def test_formulas_know_the_bytes_of_each_column(toy):
 def test_the_files_of_a_cache_are_counted(toy):
     run, configs = toy
     manifest = build(configs, LocalRunner(configs))
-    folders = [configs.directory / name for name in ("shards", "receipts")]
+    folders = [configs.store.directory / name for name in ("shards", "receipts")]
     files = sum(len(list(folder.iterdir())) for folder in folders)
     assert len(manifest.shards) > 1
     assert make_plan(run).cache.bookkeeping["files"] == files

@@ -28,59 +28,62 @@ def plan(arguments: Sequence[str]) -> None:
 def repair(arguments: Sequence[str]) -> None:
     """Verify, remove what is damaged, and build it again."""
     from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
+    from tinyflux.cache.store import open_store
     from tinyflux.cache.verify import drop, verify
     from tinyflux.config import parse_run_config
 
     run = parse_run_config(arguments, "tinyflux cache repair")
-    directory = Path(run.cache.path)
+    store = open_store(run.cache.path)
     try:
-        Manifest.load(directory)
+        Manifest.load(store)
     except CacheError as error:
-        if not (directory / MANIFEST_NAME).exists():
+        if store.size(MANIFEST_NAME) is None:
             raise
         print(f"removed: {MANIFEST_NAME} ({error})")
-        (directory / MANIFEST_NAME).unlink()
+        store.delete(MANIFEST_NAME)
     else:
-        problems = verify(directory)
+        problems = verify(store)
         for problem in problems:
             print(f"damaged: {problem}")
-        for name in drop(directory, problems):
+        for name in drop(store, problems):
             print(f"removed: {name}")
     build(arguments)
 
 
 def verify(arguments: Sequence[str]) -> None:
     """Check every file: checksum, rows, keys, shapes, finite numbers."""
+    from tinyflux.cache.store import open_store
     from tinyflux.cache.verify import verify
 
-    directory = _parser("verify").parse_args(arguments).path
+    location = _parser("verify").parse_args(arguments).path
 
     def progress(done: int, total: int) -> None:
         if done == total or done % max(1, total // 20) == 0:
             print(f"verify: {done}/{total} shards", flush=True)
 
-    problems = verify(directory, progress)
+    problems = verify(open_store(location), progress)
     for problem in problems:
         print(f"damaged: {problem}")
     if problems:
         raise CacheError(
-            f"{len(problems)} files of the cache '{directory}' are damaged: `tinyflux cache repair "
+            f"{len(problems)} files of the cache '{location}' are damaged: `tinyflux cache repair "
             f"--config FILE` makes them again"
         )
-    print(f"the cache '{directory}' is whole")
+    print(f"the cache '{location}' is whole")
 
 
 def inspect(arguments: Sequence[str]) -> None:
     """Print what is inside; with --html, also as a page with pictures."""
     from tinyflux.cache.inspect import describe, write_page
     from tinyflux.cache.manifest import Manifest
+    from tinyflux.cache.store import open_store
 
     parser = _parser("inspect")
     parser.add_argument("--html", type=Path, help="write a page with decoded pictures")
     parser.add_argument("--samples", type=int, default=48, help="pictures on the page")
     parser.add_argument("--device", default="auto", help="that decodes them")
     options = parser.parse_args(arguments)
-    print(describe(Manifest.load(options.path)))
+    print(describe(Manifest.load(open_store(options.path))))
     if options.html:
         write_page(options.path, options.html, options.samples, options.device)
         print(f"\npage: {options.html}")
@@ -90,20 +93,22 @@ def gc(arguments: Sequence[str]) -> None:
     """Remove files that the manifest does not list."""
     from tinyflux.cache.build import claim
     from tinyflux.cache.manifest import Manifest
+    from tinyflux.cache.store import open_store
     from tinyflux.cache.verify import unlisted
 
     parser = _parser("gc")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     options = parser.parse_args(arguments)
-    if not Manifest.load(options.path).built:
+    store = open_store(options.path)
+    if not Manifest.load(store).built:
         raise CacheError(f"'{options.path}' was saved from memory: there is nothing to remove")
-    with claim(options.path):
-        files = list(unlisted(options.path))
-        size = sum(path.stat().st_size for path in files)
+    with claim(store):
+        files = dict(unlisted(store))
+        size = sum(files.values())
         for path in files:
-            print(path.relative_to(options.path))
+            print(path)
             if not options.dry_run:
-                path.unlink()
+                store.delete(path)
     verb = "would free" if options.dry_run else "freed"
     print(f"gc: {len(files)} files, {verb} {size / 2**20:.2f} MiB")
 
@@ -143,5 +148,5 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"tinyflux cache {name}", description=COMMANDS[name].__doc__
     )
-    parser.add_argument("path", type=Path, help="directory of the dataset")
+    parser.add_argument("path", help="the dataset's directory or URL")
     return parser

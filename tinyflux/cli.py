@@ -19,12 +19,11 @@ def _cache(arguments: Sequence[str]) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from tinyflux.config import parse_run_config, save_run_config
+    from tinyflux.config import keep_run_config, parse_run_config
     from tinyflux.distributed.train import train
 
     run = parse_run_config(arguments, "train")
-    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    save_run_config(run, Path(run.run_dir) / "config.yaml")
+    keep_run_config(run)
     print(f"trained: {train(run)}", flush=True)
 
 
@@ -47,12 +46,13 @@ def _serve(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.pipeline.export import export
+    from tinyflux.storage.copies import fetch
 
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("say where to: tinyflux export DIRECTORY --config FILE")
     run = parse_run_config(arguments[1:], "export")
     assert run.sample.checkpoint is not None
-    place = export(run.sample.checkpoint, run.zoo, arguments[0])
+    place = export(fetch(run.sample.checkpoint), run.zoo, arguments[0])
     print(f"exported {run.sample.checkpoint} to {place}")
 
 

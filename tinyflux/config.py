@@ -22,6 +22,7 @@ from tinyflux.model.zoo import ZooConfig
 from tinyflux.plan.cluster import ClusterConfig
 from tinyflux.serving.batch import SampleConfig
 from tinyflux.serving.engine import ServeConfig
+from tinyflux.storage.remote import check_url, is_url, join, open_folder
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import config as plain
 from tinyflux.util.config import dtype_name, nearest, parse_dtype
@@ -85,8 +86,16 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 def save_run_config(run: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the resolved config as YAML; :func:`load_run_config` gives an equal one."""
-    text = yaml.safe_dump(plain.to_dict(run), sort_keys=False)
-    atomic_write(path, text.encode())
+    atomic_write(path, _yaml(run))
+
+
+def keep_run_config(run: RunConfig) -> None:
+    """Write the resolved config as ``config.yaml`` into the run's directory."""
+    open_folder(run.run_dir).write("config.yaml", _yaml(run))
+
+
+def _yaml(run: RunConfig) -> bytes:
+    return yaml.safe_dump(plain.to_dict(run), sort_keys=False).encode()
 
 
 def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
@@ -158,21 +167,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _resolve_paths(run: RunConfig) -> None:
-    for name, place in (
-        ("run_dir", run.run_dir),
-        ("cache.path", run.cache.path),
-        ("sample.output_dir", run.sample.output_dir),
-        *((f"mix[{index}].path", source.path) for index, source in enumerate(run.mix)),
-    ):
-        if place and "://" in place:
-            raise ConfigError(
-                f"{name} '{place}' is a URL: it must be a directory on a disk that all nodes share"
-            )
-    run.run_dir = os.path.abspath(run.run_dir)
-    run.sample.checkpoint = run.sample.checkpoint or f"{run.run_dir}/final"
-    run.sample.output_dir = run.sample.output_dir or f"{run.run_dir}/drawn"
+    run.run_dir = _resolved_folder(run.run_dir)
+    final = join(run.run_dir, "final")
+    run.sample.checkpoint = run.sample.checkpoint or final
+    run.sample.output_dir = run.sample.output_dir or join(run.run_dir, "drawn")
     if not run.serve.models:
-        run.serve.checkpoint = run.serve.checkpoint or f"{run.run_dir}/final"
+        run.serve.checkpoint = run.serve.checkpoint or final
     for section, name in (
         (run.data, "folder"),
         (run.cache, "path"),
@@ -189,7 +189,13 @@ def _resolve_paths(run: RunConfig) -> None:
     run.serve.models = {name: _resolved(place) for name, place in run.serve.models.items()}
 
 
+def _resolved_folder(value: str) -> str:
+    check_url(value)
+    return value.rstrip("/") if is_url(value) else os.path.abspath(value)
+
+
 def _resolved(value: str) -> str:
+    check_url(value)
     # A name with one slash that is no file here is a hub repository.
     local = "://" not in value and (os.path.exists(value) or value.count("/") != 1)
     return os.path.abspath(value) if local and ":" not in value else value

@@ -30,6 +30,10 @@ class HubError(TinyFluxError, OSError):
     """A repository or directory of weights that cannot be opened."""
 
 
+class StorageError(TinyFluxError, RuntimeError):
+    """A place at a URL that cannot be reached, or that holds something else than it should."""
+
+
 class TrainingError(TinyFluxError, RuntimeError):
     """A run that cannot go on, such as one whose loss stays non-finite."""
 

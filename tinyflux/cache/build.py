@@ -9,15 +9,15 @@ The work itself is a :class:`Runner`'s: Ray's, or this process's own.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,19 +39,20 @@ from tinyflux.cache.manifest import (
     sha256,
 )
 from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
-from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt
+from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt, receipt_path
 from tinyflux.cache.reuse import FormerRows, Reused
 from tinyflux.cache.schema import ROWS
-from tinyflux.cache.shards import SHARD_FOLDER, is_whole, write_null_text
+from tinyflux.cache.shards import is_whole, write_null_text
 from tinyflux.cache.sources import DataConfig, Unit, list_units
+from tinyflux.cache.store import Store, open_store
 from tinyflux.errors import CacheError, ConfigError, InputError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.zoo import ZooConfig
 from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.files import atomic_write
 
 MAKERS_NAME, REJECTED_NAME = "makers.json", "rejected.parquet"
 MEASURED_BATCHES = 4
+RECEIPT_READERS = 16
 
 Receipts = dict[tuple[str, str], Receipt]  # by shard and group
 
@@ -65,15 +66,15 @@ class BuildConfigs:
     cache: CacheConfig
     model: TinyFluxConfig
 
-    @property
-    def directory(self) -> Path:
-        return Path(self.cache.path)
+    @cached_property
+    def store(self) -> Store:
+        return open_store(self.cache.path)
 
     def encoder(self) -> ShardEncoder:
         """For one process, which keeps it and the models that it holds."""
         torch.set_num_threads(max(1, int(self.cache.cpus_per_actor)))
         extractor = extractor_for(self.zoo.build(self.model), self.cache)
-        return ShardEncoder(self.directory, self.data, extractor, self.model.text_padding == "zero")
+        return ShardEncoder(self.store, self.data, extractor, self.model.text_padding == "zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ class LocalRunner:
 
     def index(self, units: Sequence[Unit]) -> Iterator[None]:
         for unit in units:
-            write_index(self._configs.directory, self._configs.data, unit)
+            write_index(self._configs.store, self._configs.data, unit)
             yield
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
@@ -142,13 +143,13 @@ def prepare(configs: BuildConfigs, extractor: Extractor) -> Makers:
     """Load the models, name them by their weights, and encode the empty caption."""
     recipe = extractor.recipe(mask=bool(configs.data.mask_key))
     path = f"null_text.{recipe.groups['text'].maker[:8]}.safetensors"
-    return Makers(recipe, write_null_text(configs.directory, *extractor.null_text(), path))
+    return Makers(recipe, write_null_text(configs.store, *extractor.null_text(), path))
 
 
 def measure_task(configs: BuildConfigs, task: ShardTask) -> Cost:
     """What encoding the first few batches of a shard costs."""
     extractor = configs.encoder().extractor
-    table = pq.read_table(configs.directory / task.rows_file)
+    table = pq.read_table(pa.BufferReader(configs.store.read(task.rows_file)))
     rows = table.slice(0, MEASURED_BATCHES * configs.cache.batch_size).to_pydict()
     groups, most = list(task.makers), configs.cache.rows_per_shard
     return measure(extractor, configs.data, rows, task.size, groups, most)
@@ -160,7 +161,6 @@ def estimate(configs: BuildConfigs, runner: Runner) -> Estimate:
     The pictures are indexed for it, which the build will not do again; the prediction is kept
     beside the dataset, and compared with what comes true.
     """
-    directory = configs.directory
     with _prepared(configs, runner) as (_, makers, planned, rejected):
         largest = max(planned, key=lambda shard: shard.rows)
         groups = {group: info.maker for group, info in makers.recipe.groups.items()}
@@ -171,7 +171,7 @@ def estimate(configs: BuildConfigs, runner: Runner) -> Estimate:
             sizes[name] = sizes.get(name, 0) + shard.rows
         actors = min(configs.cache.num_actors, len(planned))
         found = Estimate(sum(sizes.values()), len(planned), actors, sizes, largest.size, cost)
-        atomic_write(directory / ESTIMATE_NAME, json.dumps(to_dict(found), indent=1).encode())
+        configs.store.write(ESTIMATE_NAME, json.dumps(to_dict(found), indent=1).encode())
     if rejected.rows:
         print(f"cache: {len(rejected.rows)} of {rejected.seen} pictures cannot be used", flush=True)
     return found
@@ -189,7 +189,7 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
         receipts = _encode(configs, runner, makers.recipe, planned, rejected)
         manifest = _commit(configs, makers, units, planned, receipts, rejected)
     shards = len(manifest.shards)
-    print(f"cache: {manifest.rows} rows in {shards} shards at {configs.directory}", flush=True)
+    print(f"cache: {manifest.rows} rows in {shards} shards at {configs.cache.path}", flush=True)
     return manifest
 
 
@@ -198,68 +198,50 @@ def _prepared(
     configs: BuildConfigs, runner: Runner
 ) -> Iterator[tuple[list[Unit], Makers, list[PlannedShard], Rejected]]:
     """Index the pictures, look at the models and cut shards, with the directory locked."""
-    data, directory = configs.data, configs.directory
+    data, store = configs.data, configs.store
     if not configs.cache.path:
         raise ConfigError("cache.path is not set: name the directory of the dataset")
     units = list_units(data)
     try:
-        with claim(directory):
+        with claim(store):
             makers = _index_and_prepare(configs, runner, units)
             rejected = Rejected()
-            tables = (read_index(directory, data, unit) for unit in units)
+            tables = (read_index(store, data, unit) for unit in units)
             size = configs.cache.rows_per_shard
-            planned = list(plan_shards(directory, data, tables, size, rejected))
+            planned = list(plan_shards(store, data, tables, size, rejected))
             if not planned:
                 _check_rejected(data, len(rejected.rows), rejected)
             yield units, makers, planned, rejected
     except OSError as error:
         raise CacheError(
-            f"the cache at '{directory}' cannot be written ({error}): mend that, and run the same "
-            f"command again to continue"
+            f"the cache at '{store.location}' cannot be written ({error}): mend that, and run the "
+            f"same command again to continue"
         ) from error
 
 
-def claim(directory: Path) -> IO[bytes]:
-    """Make ``directory`` this job's, or say why it cannot be.
-
-    Returns:
-        The lock, held until it is closed or the process ends.
-    """
-    if (directory / MANIFEST_NAME).exists() and not Manifest.load(directory).built:
+@contextmanager
+def claim(store: Store) -> Iterator[None]:
+    """Make ``store`` this job's while it works, or say why it cannot be."""
+    if store.size(MANIFEST_NAME) is not None and not Manifest.load(store).built:
         raise CacheError(
-            f"'{directory}' holds a dataset that no build job made: use another cache.path"
+            f"'{store.location}' holds a dataset that no build job made: use another cache.path"
         )
-    mark = directory / BUILD_MARK
-    if not mark.exists():
-        if directory.exists() and not all(
-            entry.match(f".{BUILD_MARK}.*.tmp") for entry in directory.iterdir()
-        ):
+    if store.size(BUILD_MARK) is None:
+        if any(not path.startswith(f".{BUILD_MARK}.") for path in store.list()):
             raise CacheError(
-                f"cache.path '{directory}' holds other files and no cache: name a new or empty "
-                f"directory"
+                f"cache.path '{store.location}' holds other files and no cache: name a new or "
+                f"empty directory"
             )
-        directory.mkdir(parents=True, exist_ok=True)
         # First, so that whatever else is found here later is known to be this cache's.
-        atomic_write(mark, b'{"owner": "tinyflux"}\n')
-    lock = mark.open("rb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise CacheError(
-            f"another job is working on the cache at '{directory}': wait for it to end"
-        ) from None
-    for folder in (INDEX_FOLDER, RECEIPT_FOLDER, SHARD_FOLDER):
-        (directory / folder).mkdir(exist_ok=True)
-    for leftover in directory.rglob(".*.tmp"):  # of writers that were killed
-        leftover.unlink(missing_ok=True)
-    return lock
+        store.write(BUILD_MARK, b'{"owner": "tinyflux"}\n')
+    with store.held(BUILD_MARK):
+        yield
 
 
 def _index_and_prepare(configs: BuildConfigs, runner: Runner, units: list[Unit]) -> Makers:
     """Index the units that are not, and find out what the models are; both at once."""
-    directory, data = configs.directory, configs.data
-    missing = [unit for unit in units if not index_path(directory, data, unit).exists()]
+    data, there = configs.data, configs.store.list(INDEX_FOLDER)
+    missing = [unit for unit in units if index_path(data, unit) not in there]
     known = _known_makers(configs)
     pending = runner.prepare() if known is None else None
     if missing:
@@ -270,7 +252,7 @@ def _index_and_prepare(configs: BuildConfigs, runner: Runner, units: list[Unit])
         known = pending()
         if (signature := _signature(configs)) is not None:
             record = {"signature": signature, **to_dict(known)}
-            atomic_write(directory / MAKERS_NAME, json.dumps(record, indent=1).encode())
+            configs.store.write(MAKERS_NAME, json.dumps(record, indent=1).encode())
     assert known is not None
     return known
 
@@ -295,14 +277,14 @@ def _signature(configs: BuildConfigs) -> str | None:
 def _known_makers(configs: BuildConfigs) -> Makers | None:
     """What an earlier run found out about these models, unless their files have changed."""
     try:
-        record = json.loads((configs.directory / MAKERS_NAME).read_bytes())
+        record = json.loads(configs.store.read(MAKERS_NAME))
         signature = _signature(configs)
         if signature is None or record.pop("signature") != signature:
             return None
         makers = from_dict(Makers, record, MAKERS_NAME)
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
-    return makers if is_whole(configs.directory, makers.null_text) else None
+    return makers if is_whole(configs.store, makers.null_text) else None
 
 
 def _encode(
@@ -313,9 +295,9 @@ def _encode(
     rejected: Rejected,
 ) -> Receipts:
     """Receipts of every planned file; what has none is made."""
-    directory = configs.directory
+    store = configs.store
     makers = {group: info.maker for group, info in recipe.groups.items()}
-    receipts = read_receipts(directory, planned, makers)
+    receipts = read_receipts(store, planned, makers)
     lacking: dict[str, list[str]] = {}
     for shard in planned:
         if missing := [group for group in makers if (shard.name, group) not in receipts]:
@@ -326,16 +308,16 @@ def _encode(
     total, left = (sum(shard.rows for shard in some) for some in (planned, todo.values()))
     if receipts:
         print(f"cache: {total - left} of {total} rows are there as they should be", flush=True)
-    tasks = describe_tasks(directory, planned, lacking, makers)
+    tasks = describe_tasks(store, planned, lacking, makers)
     progress = _Progress(runner, "encoded", "rows", total, total - left)
     failed = len(rejected.rows)
     for name in runner.encode(tasks):
         dropped: dict[int, str] = {}
         for group in lacking[name]:
-            receipt = read_receipt(directory, name, group, makers[group])
+            receipt = read_receipt(store, name, group, makers[group])
             if receipt is None:
                 raise CacheError(
-                    f"shard {name} was written but is not whole at '{directory}': is that "
+                    f"shard {name} was written but is not whole at '{store.location}': is that "
                     f"directory shared by all nodes?"
                 )
             receipts[name, group] = receipt
@@ -346,7 +328,7 @@ def _encode(
     if len(receipts) != len(planned) * len(makers):
         raise CacheError("Ray ended before every shard was built: run the job again to continue")
     _print_work(receipts, lacking)
-    if (expected := read_estimate(directory)) is not None and len(todo) == len(planned):
+    if (expected := read_estimate(store)) is not None and len(todo) == len(planned):
         sizes: dict[str, int] = {}
         for (_, group), receipt in receipts.items():
             sizes[group] = sizes.get(group, 0) + (receipt.file.bytes if receipt.file else 0)
@@ -354,39 +336,48 @@ def _encode(
     return receipts
 
 
-def read_estimate(directory: Path) -> Estimate | None:
+def read_estimate(store: Store) -> Estimate | None:
     """What :func:`estimate` found out here, if it was asked."""
     try:
-        return from_dict(Estimate, json.loads((directory / ESTIMATE_NAME).read_bytes()), "estimate")
+        return from_dict(Estimate, json.loads(store.read(ESTIMATE_NAME)), "estimate")
     except (OSError, ValueError, TypeError, ConfigError):
         return None
 
 
 def read_receipts(
-    directory: Path, planned: Iterable[PlannedShard], makers: Mapping[str, str]
+    store: Store, planned: Iterable[PlannedShard], makers: Mapping[str, str]
 ) -> Receipts:
     """Those of the planned files that are there."""
-    found: Receipts = {}
-    for shard in planned:
-        for group, maker in makers.items():
-            if (receipt := read_receipt(directory, shard.name, group, maker)) is not None:
-                found[shard.name, group] = receipt
-    return found
+    there = store.list(RECEIPT_FOLDER)
+    wanted = [
+        (shard.name, group, maker)
+        for shard in planned
+        for group, maker in makers.items()
+        if receipt_path(shard.name, group, maker) in there
+    ]
+    # In threads, because over a network each takes a while.
+    with ThreadPoolExecutor(RECEIPT_READERS) as pool:
+        receipts = pool.map(lambda one: read_receipt(store, *one), wanted)
+        return {
+            (shard, group): receipt
+            for (shard, group, _), receipt in zip(wanted, receipts, strict=True)
+            if receipt is not None
+        }
 
 
 def describe_tasks(
-    directory: Path,
+    store: Store,
     planned: Sequence[PlannedShard],
     lacking: Mapping[str, list[str]],
     makers: Mapping[str, str],
 ) -> list[ShardTask]:
     """What is to be made of the shards that lack groups, and what of it is known already."""
-    former = FormerRows(directory, makers, {shard.name for shard in planned})
+    former = FormerRows(store, makers, {shard.name for shard in planned})
     found = []
     for shard in planned:
         reused: dict[str, Reused] = {}
         for group in lacking.get(shard.name, ()):
-            reused[group] = former.find(group, directory / shard.file.path, shard.size)
+            reused[group] = former.find(group, shard.file.path, shard.size)
         if reused:
             wanted = {group: makers[group] for group in reused}
             found.append(ShardTask(shard.name, shard.size, shard.file.path, wanted, reused))
@@ -402,12 +393,12 @@ def _commit(
     rejected: Rejected,
 ) -> Manifest:
     """Write the manifest, unless it says the same already."""
-    directory, shards = configs.directory, []
+    store, shards = configs.store, []
     for shard in planned:
         own = {group: receipts[shard.name, group] for group in makers.recipe.groups}
         reasons = {row: why for receipt in own.values() for row, why in receipt.rejected}
         if reasons:
-            table = pq.read_table(directory / shard.file.path, columns=["source"])
+            table = pq.read_table(pa.BufferReader(store.read(shard.file.path)), columns=["source"])
             sources = table["source"].to_pylist()
             rejected.rows += [(sources[row], reasons[row]) for row in sorted(reasons)]
         if len(reasons) < shard.rows:
@@ -417,20 +408,18 @@ def _commit(
     _check_rejected(configs.data, len(rejected.rows), rejected)
     if rejected.duplicates:
         print(f"cache: {rejected.duplicates} samples are listed twice and kept once", flush=True)
-    index = (index_path(directory, configs.data, unit) for unit in units)
     manifest = Manifest(
         rows=sum(shard.samples for shard in shards),
         recipe=makers.recipe,
         shards=tuple(shards),
         null_text=makers.null_text,
-        rejected=_write_rejected(directory, rejected),
-        index=tuple(str(path.relative_to(directory)) for path in index),
-        name=directory.name,
+        rejected=_write_rejected(store, rejected),
+        index=tuple(index_path(configs.data, unit) for unit in units),
+        name=store.name,
         built=True,
     )
-    path = directory / MANIFEST_NAME
-    if not path.exists() or path.read_bytes() != manifest.to_json():
-        manifest.save(directory)
+    if store.size(MANIFEST_NAME) is None or store.read(MANIFEST_NAME) != manifest.to_json():
+        manifest.save(store)
     return manifest
 
 
@@ -445,7 +434,7 @@ def _check_rejected(data: DataConfig, count: int, rejected: Rejected, *reasons: 
         )
 
 
-def _write_rejected(directory: Path, rejected: Rejected) -> FileInfo | None:
+def _write_rejected(store: Store, rejected: Rejected) -> FileInfo | None:
     """The table of what is not in the dataset."""
     if not rejected.rows:
         return None
@@ -454,7 +443,7 @@ def _write_rejected(directory: Path, rejected: Rejected) -> FileInfo | None:
     pq.write_table(pa.table({"source": sources, "reason": reasons}), sink)
     data = memoryview(sink.getvalue())
     file = FileInfo(REJECTED_NAME, len(data), sha256(data))
-    atomic_write(directory / REJECTED_NAME, data)
+    store.write(REJECTED_NAME, data)
     return file
 
 

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
-from tinyflux.cache.shards import ShardReader, is_whole, read_null_text
+from tinyflux.cache.shards import ShardReader, read_null_text
+from tinyflux.cache.store import open_store
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.util.config import parse_dtype
 
 
 class CachedDataset:
-    """Random access to the rows of a dataset directory; memory stays bounded.
+    """Random access to the rows of a dataset; memory stays bounded.
 
     Args:
+        path: a directory, or a URL, whose files are copied to this machine as they are read.
         check_files: see that every file is there with its full size, which on network storage is
             work for its server.
 
@@ -28,15 +30,17 @@ class CachedDataset:
     """
 
     def __init__(self, path: str | Path, check_files: bool = True):
-        self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
+        self.path = str(path)
+        self._store = open_store(path)
+        self.manifest = Manifest.load(self._store)
+        sizes = self._store.list() if check_files else {}
         for file in self.manifest.files if check_files else ():
-            if not is_whole(self.path, file):
+            if sizes.get(file.path) != file.bytes:
                 raise CacheError(
                     f"the cache '{self.path}' is damaged: '{file.path}' is missing or not "
                     f"{file.bytes} bytes long; `tinyflux cache repair` makes it again"
                 )
-        self._reader = ShardReader(self.path)
+        self._reader = ShardReader(self._store)
         self._ends = np.cumsum([shard.samples for shard in self.manifest.shards])
 
     def __len__(self) -> int:
@@ -56,7 +60,7 @@ class CachedDataset:
     def null_text(self) -> tuple[Tensor, Tensor] | None:
         """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, fp32."""
         file = self.manifest.null_text
-        return None if file is None else read_null_text(self.path, file)
+        return None if file is None else read_null_text(self._store, file)
 
     def keys(self) -> list[str]:
         """Every row's key, in order."""
@@ -114,7 +118,12 @@ class CachedDataset:
             raise CacheError(f"the cache '{self.path}' has rows 0 to {len(self) - 1} only")
         shard_of = np.searchsorted(self._ends, wanted, side="right")
         result: dict[str, Tensor] = {}
-        for number in np.unique(shard_of):
+        numbers = np.unique(shard_of)
+        self._reader.open(
+            [file for number in numbers
+             for group, file in self.manifest.shards[number].files.items() if group != ROWS]
+        )  # fmt: skip
+        for number in numbers:
             shard = self.manifest.shards[number]
             places = np.nonzero(shard_of == number)[0]
             rows = wanted[places] - (self._ends[number] - shard.samples)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from tinyflux.cache.sources import (
     fit_picture,
     open_pictures,
 )
+from tinyflux.cache.store import Store
 from tinyflux.errors import InputError
 
 NEEDS_PICTURES = ("latents", "mask", "lune", "sol")
@@ -55,8 +56,8 @@ class ShardEncoder:
         trim_text: see :func:`tinyflux.cache.shards.write_shard`.
     """
 
-    def __init__(self, directory: Path, data: DataConfig, extractor: Extractor, trim_text: bool):
-        self._directory, self._data, self._trim = directory, data, trim_text
+    def __init__(self, store: Store, data: DataConfig, extractor: Extractor, trim_text: bool):
+        self._store, self._data, self._trim = store, data, trim_text
         self.extractor = extractor
 
     def __call__(self, task: ShardTask) -> None:
@@ -65,7 +66,7 @@ class ShardEncoder:
         Raises:
             CacheError, OSError: nothing half-written counts.
         """
-        table = pq.read_table(self._directory / task.rows_file)
+        table = pq.read_table(pa.BufferReader(self._store.read(task.rows_file)))
         rows: dict[str, list[str]] = {name: table[name].to_pylist() for name in table.column_names}
         contents = {
             group: content_keys(group, {c: rows[c] for c in CONTENT_COLUMNS}, task.size)
@@ -118,18 +119,18 @@ class ShardEncoder:
                     columns[name][targets] = work.columns[name][places]
                 columns[name][[row for row, _ in rejected]] = 0
             path = group_path(task.name, group, maker)
-            file = write_group(self._directory, path, keys, columns, self._trim)
+            file = write_group(self._store, path, keys, columns, self._trim)
         receipt = Receipt(
             task.name, group, maker, len(keys), task.size, file, rejected, len(work.made),
             round(seconds, 3),
         )  # fmt: skip
-        receipt.save(self._directory)
+        receipt.save(self._store)
 
     def _former(self, group: str, reused: Reused) -> dict[str, Tensor]:
         """The reused rows' columns, in the order of ``reused.rows``."""
         if not reused.rows:
             return {}
-        reader, found = ShardReader(self._directory), {}
+        reader, found = ShardReader(self._store), {}
         there_are = reused.shards[0].files[group].columns
         for name in (name for name in GROUPS[group] if name in there_are):
             parts: list[Tensor | None] = [None] * len(reused.rows)

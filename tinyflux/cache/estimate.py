@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from tinyflux.cache.receipts import Receipt
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.store import LocalStore
 
 ESTIMATE_NAME = "estimate.json"
 
@@ -131,14 +131,13 @@ def measure(
     _, together = encode(groups)
     per_sample, per_shard = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / SHARD_FOLDER).mkdir()
         for group, (work, _) in alone.items():
             sizes = {}
             for times in (1, 3):
                 columns = {name: torch.cat([part] * times) for name, part in work.columns.items()}
                 keys = [f"{row:032x}" for row in range(len(next(iter(columns.values()))))]
                 path = f"{SHARD_FOLDER}/{group}.{times}.parquet"
-                sizes[len(keys)] = write_group(Path(folder), path, keys, columns, True).bytes
+                sizes[len(keys)] = write_group(LocalStore(folder), path, keys, columns, True).bytes
             (few, small), (many, large) = sizes.items()
             per_sample[group] = (large - small) / (many - few)
             per_shard[group] = small - per_sample[group] * few

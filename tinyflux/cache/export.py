@@ -12,11 +12,12 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.manifest import ShardInfo
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import ShardReader
+from tinyflux.cache.store import Store, open_store
 from tinyflux.errors import CacheError
 from tinyflux.util.config import dtype_name
 
 
-def export(directory: Path, output: Path) -> int:
+def export(location: str, output: Path) -> int:
     """Write one file per shard to the new directory ``output``; it appears when it is whole.
 
     Each tensor is a fixed-size list of its dtype; its shape stands in the field's metadata as
@@ -28,7 +29,7 @@ def export(directory: Path, output: Path) -> int:
     Raises:
         CacheError: there is something at ``output``.
     """
-    dataset = CachedDataset(directory)
+    dataset = CachedDataset(location)
     if output.exists():
         raise CacheError(f"'{output}' exists already: name a new directory")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def export(directory: Path, output: Path) -> int:
     try:
         for number, shard in enumerate(dataset.manifest.shards):
             path = work / f"{number:05d}.parquet"
-            pq.write_table(_table(directory, shard), path, compression="zstd")
+            pq.write_table(_table(open_store(location), shard), path, compression="zstd")
         work.chmod(0o755)
         work.rename(output)
     except BaseException:
@@ -45,10 +46,10 @@ def export(directory: Path, output: Path) -> int:
     return len(dataset)
 
 
-def _table(directory: Path, shard: ShardInfo) -> pa.Table:
-    reader, kept = ShardReader(directory), np.delete(np.arange(shard.rows), shard.dropped)
+def _table(store: Store, shard: ShardInfo) -> pa.Table:
+    reader, kept = ShardReader(store), np.delete(np.arange(shard.rows), shard.dropped)
     any_group = next(iter(shard.files))
-    first = pq.read_table(directory / shard.files[any_group].path)
+    first = pq.read_table(*store.local([shard.files[any_group]]))
     names = [KEY, *(name for name in GROUPS[ROWS] if name in first.column_names)]
     table = first.select(names).take(pa.array(kept))
     for group, file in shard.files.items():

@@ -4,8 +4,6 @@ A source is cut into units. A unit's index is a small Parquet file, named by the
 which follows the sizes and times of its files: a unit that has not changed is not read again.
 """
 
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,9 +16,9 @@ from tinyflux.cache.sources import (
     decode_picture,
     read_unit,
 )
+from tinyflux.cache.store import Store
 from tinyflux.errors import InputError
 from tinyflux.util.config import to_dict
-from tinyflux.util.files import atomic_write
 
 INDEX_FOLDER = "index"
 SCHEMA = pa.schema(
@@ -40,23 +38,23 @@ SCHEMA = pa.schema(
 _LATER = ("folder", "height", "width", "resize", "areas", "step", "max_aspect", "max_rejected")
 
 
-def index_path(directory: Path, data: DataConfig, unit: Unit) -> Path:
-    """Where a unit's index belongs."""
+def index_path(data: DataConfig, unit: Unit) -> str:
+    """Where a unit's index belongs, relative to the dataset."""
     reading = {name: value for name, value in to_dict(data).items() if name not in _LATER}
-    return directory / INDEX_FOLDER / f"{digest_of([unit.digest, reading])}.parquet"
+    return f"{INDEX_FOLDER}/{digest_of([unit.digest, reading])}.parquet"
 
 
-def write_index(directory: Path, data: DataConfig, unit: Unit) -> None:
+def write_index(store: Store, data: DataConfig, unit: Unit) -> None:
     """Read every picture of ``unit`` and write its index."""
     rows = [_entry(data, raw) for raw in read_unit(data, unit)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
-    atomic_write(index_path(directory, data, unit), memoryview(sink.getvalue()))
+    store.write(index_path(data, unit), memoryview(sink.getvalue()))
 
 
-def read_index(directory: Path, data: DataConfig, unit: Unit) -> pa.Table:
+def read_index(store: Store, data: DataConfig, unit: Unit) -> pa.Table:
     """What :func:`write_index` wrote."""
-    return pq.read_table(index_path(directory, data, unit))
+    return pq.read_table(pa.BufferReader(store.read(index_path(data, unit))))
 
 
 def _entry(data: DataConfig, raw: RawPicture) -> dict[str, object]:

@@ -62,17 +62,17 @@ def describe(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def write_page(directory: Path, path: Path, samples: int, device: str) -> None:
+def write_page(location: str, path: Path, samples: int, device: str) -> None:
     """A self-contained HTML page with pictures decoded from the latents beside their captions.
 
     Raises:
         CacheError: the dataset was made of tensors, so nothing says what decodes them.
     """
-    dataset = CachedDataset(directory)
+    dataset = CachedDataset(location)
     manifest = dataset.manifest
     if ROWS not in manifest.groups or "latents" not in manifest.recipe.groups:
         raise CacheError(
-            f"the cache '{directory}' was made of tensors: it holds no captions and does not name "
+            f"the cache '{location}' was made of tensors: it holds no captions and does not name "
             f"the VAE that decodes its latents"
         )
     vae = manifest.recipe.groups["latents"].models["vae"].repo

@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.schema import FORMAT_VERSION, Layout
 from tinyflux.errors import CacheError, ConfigError
+from tinyflux.storage.folder import Folder
 from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 BUILD_MARK = "build.json"  # in a directory that a build job owns, from its first moment on
@@ -157,26 +156,26 @@ class Manifest:
         text = json.dumps(head, indent=1)
         return (text[: -len("\n}")] + f',\n "shards": [\n  {lines}\n ]\n}}\n').encode()
 
-    def save(self, directory: Path) -> None:
+    def save(self, folder: Folder) -> None:
         """Commit the dataset: from here on it exists."""
-        atomic_write(directory / MANIFEST_NAME, self.to_json())
+        folder.write(MANIFEST_NAME, self.to_json())
 
     @classmethod
-    def load(cls, directory: Path) -> "Manifest":
+    def load(cls, folder: Folder) -> "Manifest":
         """Read ``manifest.json``.
 
         Raises:
             CacheError: there is none, it is damaged, or a newer program wrote it.
         """
-        path = directory / MANIFEST_NAME
+        path = f"{folder.location}/{MANIFEST_NAME}"
         try:
-            data = json.loads(path.read_bytes(), object_hook=_Files())
+            data = json.loads(folder.read(MANIFEST_NAME), object_hook=_Files())
         except (FileNotFoundError, NotADirectoryError):
-            unfinished = (directory / BUILD_MARK).exists()
+            unfinished = folder.size(BUILD_MARK) is not None
             raise CacheError(
-                f"the cache '{directory}' is not finished: run the build again to complete it"
+                f"the cache '{folder.location}' is not finished: run the build again to complete it"
                 if unfinished
-                else f"there is no cache at '{directory}': build it first, or check the path"
+                else f"there is no cache at '{folder.location}': build it first, or check the path"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error
@@ -197,7 +196,7 @@ class Manifest:
                 ShardInfo(**{**shard, "dropped": tuple(shard["dropped"])})
                 for shard in data.pop("shards")
             )
-            head = from_dict(cls, {**data, "shards": []}, str(path))
+            head = from_dict(cls, {**data, "shards": []}, path)
             manifest = dataclasses.replace(head, shards=shards, **files)
         except (ConfigError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise CacheError(f"'{path}' is damaged ({error}): build the cache again") from error

@@ -1,7 +1,6 @@
 """The caches of the public API: in memory, saved to and loaded from the format on disk."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.keys import digest_of, sample_key
-from tinyflux.cache.manifest import Manifest, Recipe, ShardInfo
+from tinyflux.cache.manifest import MANIFEST_NAME, Manifest, Recipe, ShardInfo
 from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
 from tinyflux.cache.shards import require_finite, write_null_text, write_shard
+from tinyflux.cache.store import open_store
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util.buckets import default_buckets, interpolate_buckets
@@ -27,8 +27,8 @@ def _save(
     path: str, columns: dict[str, Tensor], recipe: Recipe, null_text: Text | None, name: str
 ) -> None:
     """Write ``columns`` as a dataset directory, replacing what is there only when whole."""
-    directory = Path(path)
-    if (directory / "manifest.json").exists():
+    store = open_store(path)
+    if store.size(MANIFEST_NAME) is not None:
         raise CacheError(f"there is a cache at '{path}' already: use another path or delete it")
     count = len(next(iter(columns.values())))
     shards: list[ShardInfo] = []
@@ -36,11 +36,11 @@ def _save(
         part = {n: rows[start : start + MAX_ROWS_PER_SHARD] for n, rows in columns.items()}
         keys = [f"{row:08d}" for row in range(start, min(count, start + MAX_ROWS_PER_SHARD))]
         require_finite(part)
-        shards.append(write_shard(directory, f"{len(shards):05d}", keys, part, trim_text=True))
+        shards.append(write_shard(store, f"{len(shards):05d}", keys, part, trim_text=True))
     written = None
     if null_text is not None:
-        written = write_null_text(directory, null_text[0], null_text[1])
-    Manifest(count, recipe, tuple(shards), written, name=name).save(directory)
+        written = write_null_text(store, null_text[0], null_text[1])
+    Manifest(count, recipe, tuple(shards), written, name=name).save(store)
 
 
 def _load(path: str, columns: Sequence[str]) -> tuple[dict[str, Tensor], CachedDataset]:
@@ -122,7 +122,7 @@ class EncodingCache:
 
     def save(self, path: str) -> None:
         """Write a dataset directory."""
-        _save(path, self.columns(), self.recipe, self.null_text, Path(path).name)
+        _save(path, self.columns(), self.recipe, self.null_text, open_store(path).name)
 
     @classmethod
     def load(cls, path: str) -> "EncodingCache":
@@ -165,7 +165,7 @@ class _TeacherCache:
 
     def save(self, path: str) -> None:
         """Write a dataset directory."""
-        _save(path, self._columns, self.recipe, None, Path(path).name)
+        _save(path, self._columns, self.recipe, None, open_store(path).name)
 
 
 class LuneFeatureCache(_TeacherCache):
@@ -365,7 +365,7 @@ class DatasetCache:
     @classmethod
     def load(cls, path: str) -> "DatasetCache":
         """Read a dataset directory, of this class or of a build job."""
-        manifest = Manifest.load(Path(path))
+        manifest = Manifest.load(open_store(path))
         lune = LuneFeatureCache.load(path) if manifest.layout("lune") else None
         sol = SolFeatureCache.load(path) if manifest.layout("sol_stats") else None
         return cls(EncodingCache.load(path), lune, sol, manifest.name)

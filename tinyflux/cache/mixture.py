@@ -4,7 +4,6 @@ import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ class CacheMixture:
 
     def __init__(self, sources: Sequence[MixSource], check_files: bool = True):
         self.sources = list(sources)
-        self.caches = [CachedDataset(Path(source.path), check_files) for source in sources]
+        self.caches = [CachedDataset(source.path, check_files) for source in sources]
         self._ends = np.cumsum([len(cache) for cache in self.caches])
         times = [cache.t_buckets.tolist() for cache in self.caches if cache.t_buckets.numel()]
         if any(one != times[0] for one in times):

@@ -10,7 +10,6 @@ of the dataset.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -20,6 +19,7 @@ from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
 from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import DataConfig, choose_size, size_problem
+from tinyflux.cache.store import Store
 
 Row = dict[str, str | int]
 
@@ -56,7 +56,7 @@ class Rejected:
 
 
 def plan_shards(
-    directory: Path,
+    store: Store,
     data: DataConfig,
     tables: Iterable[pa.Table],
     rows_per_shard: int,
@@ -72,9 +72,9 @@ def plan_shards(
         rows = open_shards.setdefault(size, [])
         rows.append(row)
         if _ends_shard(str(row[KEY]), len(rows), rows_per_shard):
-            yield _write_rows(directory, size, open_shards.pop(size))
+            yield _write_rows(store, size, open_shards.pop(size))
     for size, rows in open_shards.items():
-        yield _write_rows(directory, size, rows)
+        yield _write_rows(store, size, rows)
 
 
 def _ends_shard(key: str, rows: int, most: int) -> bool:
@@ -110,7 +110,7 @@ def _samples(
 SHARED = ("picture", "mask_picture", "source", "locator", "mask_locator", "width", "height")
 
 
-def _write_rows(directory: Path, size: Size, rows: list[Row]) -> PlannedShard:
+def _write_rows(store: Store, size: Size, rows: list[Row]) -> PlannedShard:
     keys = [str(row[KEY]) for row in rows]
     columns: dict[str, Column] = {
         name: [row[name] for row in rows]  # type: ignore[misc]
@@ -119,5 +119,5 @@ def _write_rows(directory: Path, size: Size, rows: list[Row]) -> PlannedShard:
     name = digest_of([list(size), keys])[:16]
     # Not the shard's name alone: a renamed file gives the same samples another list.
     path = f"{SHARD_FOLDER}/{name}.{ROWS}.{digest_of(rows)[:8]}.parquet"
-    file = write_group(directory, path, keys, columns_of(ROWS, columns), trim_text=False)
+    file = write_group(store, path, keys, columns_of(ROWS, columns), trim_text=False)
     return PlannedShard(name, len(rows), size, file)

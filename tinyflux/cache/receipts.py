@@ -5,17 +5,15 @@ question of a build that continues: is this very thing there already?
 """
 
 import json
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tinyflux.cache.keys import Size
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.shards import SHARD_FOLDER, is_whole
+from tinyflux.cache.store import Store
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.files import atomic_write
 
 RECEIPT_FOLDER = "receipts"
 
@@ -44,15 +42,15 @@ class Receipt:
     computed: int = 0
     seconds: float = 0.0
 
-    def save(self, directory: Path) -> None:
+    def save(self, store: Store) -> None:
         """Commit the file: from here on it counts."""
-        path = receipt_path(directory, self.shard, self.group, self.maker)
-        atomic_write(path, json.dumps(to_dict(self)).encode())
+        path = receipt_path(self.shard, self.group, self.maker)
+        store.write(path, json.dumps(to_dict(self)).encode())
 
 
-def receipt_path(directory: Path, shard: str, group: str, maker: str) -> Path:
-    """Where a receipt belongs."""
-    return directory / RECEIPT_FOLDER / f"{shard}.{group}.{maker[:8]}.json"
+def receipt_path(shard: str, group: str, maker: str) -> str:
+    """Where a receipt belongs, relative to the dataset."""
+    return f"{RECEIPT_FOLDER}/{shard}.{group}.{maker[:8]}.json"
 
 
 def group_path(shard: str, group: str, maker: str) -> str:
@@ -60,25 +58,25 @@ def group_path(shard: str, group: str, maker: str) -> str:
     return f"{SHARD_FOLDER}/{shard}.{group}.{maker[:8]}.parquet"
 
 
-def read_receipt(directory: Path, shard: str, group: str, maker: str) -> Receipt | None:
+def read_receipt(store: Store, shard: str, group: str, maker: str) -> Receipt | None:
     """The receipt of a file that is there with its full size, else None."""
-    receipt = _read(directory, receipt_path(directory, shard, group, maker))
+    receipt = _read(store, receipt_path(shard, group, maker))
     return receipt if receipt is not None and receipt.maker == maker else None
 
 
-def all_receipts(directory: Path, passed_over: Collection[str] = ()) -> Iterator[Receipt]:
+def all_receipts(store: Store, passed_over: Collection[str] = ()) -> Iterator[Receipt]:
     """Every valid receipt, by name; those of shards ``passed_over`` are not even read."""
-    names = sorted(entry.name for entry in os.scandir(directory / RECEIPT_FOLDER))
-    for name in names:
-        if not name.endswith(".json") or name.split(".", 1)[0] in passed_over:
+    for path in sorted(store.list(RECEIPT_FOLDER)):
+        shard = path.removeprefix(f"{RECEIPT_FOLDER}/").split(".", 1)[0]
+        if not path.endswith(".json") or shard in passed_over:
             continue
-        if (receipt := _read(directory, directory / RECEIPT_FOLDER / name)) is not None:
+        if (receipt := _read(store, path)) is not None:
             yield receipt
 
 
-def _read(directory: Path, path: Path) -> Receipt | None:
+def _read(store: Store, path: str) -> Receipt | None:
     try:
-        receipt = from_dict(Receipt, json.loads(path.read_bytes()), str(path))
+        receipt = from_dict(Receipt, json.loads(store.read(path)), path)
     except (OSError, ValueError, TypeError, ConfigError):
         return None
-    return receipt if receipt.file is None or is_whole(directory, receipt.file) else None
+    return receipt if receipt.file is None or is_whole(store, receipt.file) else None

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyflux.cache.keys import Size, content_keys
@@ -11,6 +11,7 @@ from tinyflux.cache.manifest import ShardInfo
 from tinyflux.cache.receipts import Receipt, all_receipts
 from tinyflux.cache.schema import KEY, ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
+from tinyflux.cache.store import Store
 
 CONTENT_COLUMNS = (KEY, "picture", "mask_picture", "caption")
 
@@ -36,33 +37,44 @@ class FormerRows:
         planned: names of the shards that the dataset will have.
     """
 
-    def __init__(self, directory: Path, makers: Mapping[str, str], planned: Collection[str]):
+    def __init__(self, store: Store, makers: Mapping[str, str], planned: Collection[str]):
+        self._store = store
+        self._lists: dict[str, str] | None = None
         self._shards: dict[str, list[ShardInfo]] = {}
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
-        for receipt in all_receipts(directory, passed_over=planned):
+        for receipt in all_receipts(store, passed_over=planned):
             if makers.get(receipt.group) == receipt.maker and receipt.file is not None:
-                self._add(directory, receipt)
+                self._add(receipt)
 
-    def _add(self, directory: Path, receipt: Receipt) -> None:
-        # Any list of the shard's samples will do: they differ in where the pictures lie.
-        lists = sorted((directory / SHARD_FOLDER).glob(f"{receipt.shard}.{ROWS}.*.parquet"))
-        if not lists or receipt.file is None:
+    def _rows_file(self, shard: str) -> str | None:
+        """A list of the shard's samples; any will do: they differ in where the pictures lie."""
+        if self._lists is None:
+            paths = sorted(self._store.list(SHARD_FOLDER), reverse=True)
+            names = [path.removeprefix(f"{SHARD_FOLDER}/").split(".") for path in paths]
+            self._lists = {
+                name[0]: path for name, path in zip(names, paths, strict=True) if name[1] == ROWS
+            }
+        return self._lists.get(shard)
+
+    def _add(self, receipt: Receipt) -> None:
+        rows_file = self._rows_file(receipt.shard)
+        if rows_file is None or receipt.file is None:
             return
         shards = self._shards.setdefault(receipt.group, [])
         places = self._places.setdefault(receipt.group, {})
-        contents = read_contents(lists[0], receipt.group, receipt.size)
+        contents = read_contents(self._store, rows_file, receipt.group, receipt.size)
         rejected = dict(receipt.rejected)
         for row, content in enumerate(contents):
             if row not in rejected:
                 places.setdefault(content, (len(shards), row))
         shards.append(ShardInfo(receipt.shard, receipt.rows, {receipt.group: receipt.file}))
 
-    def find(self, group: str, rows_file: Path, size: Size) -> Reused:
+    def find(self, group: str, rows_file: str, size: Size) -> Reused:
         """Those rows of a shard, listed in ``rows_file``, that are known."""
         places, found = self._places.get(group, {}), Reused()
         if not places:
             return found  # as in every first build, which need not read its lists for it
-        contents = read_contents(rows_file, group, size)
+        contents = read_contents(self._store, rows_file, group, size)
         numbers: dict[int, int] = {}
         for row, content in enumerate(contents):
             if content in places:
@@ -74,9 +86,9 @@ class FormerRows:
         return found
 
 
-def read_contents(rows_file: Path, group: str, size: Size) -> list[str]:
+def read_contents(store: Store, rows_file: str, group: str, size: Size) -> list[str]:
     """:func:`content_keys` of a shard whose samples ``rows_file`` lists."""
-    table = pq.read_table(rows_file, columns=list(CONTENT_COLUMNS))
+    table = pq.read_table(pa.BufferReader(store.read(rows_file)), columns=list(CONTENT_COLUMNS))
     return content_keys(group, {name: table[name].to_pylist() for name in CONTENT_COLUMNS}, size)
 
 

@@ -5,12 +5,8 @@ and any row of any shard is read without decoding its neighbours. The writer che
 is really where the manifest says.
 """
 
-import hashlib
-import os
-import stat
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -34,16 +30,16 @@ from tinyflux.cache.schema import (
     token_counts,
     trimmed_column,
 )
+from tinyflux.cache.store import Store
 from tinyflux.errors import CacheError
 from tinyflux.util.config import dtype_name, parse_dtype
-from tinyflux.util.files import atomic_write
 
 SHARD_FOLDER = "shards"
 NULL_TEXT_NAME = "null_text.safetensors"
 
 
 def write_shard(
-    directory: Path,
+    store: Store,
     name: str,
     keys: Sequence[str],
     columns: Mapping[str, Column],
@@ -52,27 +48,26 @@ def write_shard(
     """Write one file per column group that ``columns`` has.
 
     Args:
-        directory: the dataset; files go to its ``shards`` folder.
+        store: the dataset; files go to its ``shards`` folder.
         keys: one per row.
         columns: by the names of ``schema.GROUPS``, each with one entry per row.
         trim_text: do not store zero vectors after a caption's last token.
     """
-    (directory / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
     files = {}
     for group in GROUPS:
         if chosen := columns_of(group, columns):
             path = f"{SHARD_FOLDER}/{name}.{group}.parquet"
-            files[group] = write_group(directory, path, keys, chosen, trim_text)
+            files[group] = write_group(store, path, keys, chosen, trim_text)
     return ShardInfo(name, len(keys), files)
 
 
 def write_group(
-    directory: Path, path: str, keys: Sequence[str], columns: Mapping[str, Column], trim_text: bool
+    store: Store, path: str, keys: Sequence[str], columns: Mapping[str, Column], trim_text: bool
 ) -> FileInfo:
     """Write one file of a shard, unless these very bytes are there; see :func:`write_shard`.
 
     Args:
-        path: relative to ``directory``.
+        path: in ``store``.
     """
     fields, arrays = [], []
     pages: dict[str, tuple[bytes, Layout]] = {}
@@ -115,8 +110,8 @@ def write_group(
     )
     data = sink.getvalue()
     file = FileInfo(path, data.size, sha256(memoryview(data)), _locate(path, data, pages))
-    if not (is_whole(directory, file) and checksum(directory / path) == file.sha256):
-        atomic_write(directory / path, memoryview(data))
+    if not (is_whole(store, file) and sha256(store.read(path)) == file.sha256):
+        store.write(path, memoryview(data))
     return file
 
 
@@ -143,7 +138,7 @@ def _locate(
 
 
 def write_null_text(
-    directory: Path, t5_embeds: Tensor, clip_pooled: Tensor, path: str = NULL_TEXT_NAME
+    store: Store, t5_embeds: Tensor, clip_pooled: Tensor, path: str = NULL_TEXT_NAME
 ) -> FileInfo:
     """Write the empty caption's embedding: ``[L, D]`` and ``[P]``."""
     tensors = {
@@ -151,45 +146,32 @@ def write_null_text(
         "clip_pooled": clip_pooled.cpu().contiguous(),
     }
     data = save_safetensors(tensors)
-    atomic_write(directory / path, data)
+    store.write(path, data)
     return FileInfo(path, len(data), sha256(data))
 
 
-def read_null_text(directory: Path, file: FileInfo) -> tuple[Tensor, Tensor]:
+def read_null_text(store: Store, file: FileInfo) -> tuple[Tensor, Tensor]:
     """What :func:`write_null_text` wrote, as fp32."""
-    tensors = load_safetensors((directory / file.path).read_bytes())
+    tensors = load_safetensors(store.read(file.path))
     return tensors["t5_embeds"].float(), tensors["clip_pooled"].float()
 
 
-def checksum(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            total.update(piece)
-    return total.hexdigest()
-
-
-def is_whole(directory: Path, file: FileInfo) -> bool:
+def is_whole(store: Store, file: FileInfo) -> bool:
     """Whether the file is there with its full size (its checksum is not looked at)."""
-    try:
-        found = os.stat(f"{directory}/{file.path}")
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == file.bytes
+    return store.size(file.path) == file.bytes
 
 
 class ShardReader:
     """Reads rows of a dataset's shards; keeps the last ``max_open`` files mapped."""
 
-    def __init__(self, directory: Path, max_open: int = 512) -> None:
-        self._directory = directory
+    def __init__(self, store: Store, max_open: int = 512) -> None:
+        self._store = store
         self._max_open = max_open
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def strings(self, shard: ShardInfo, group: str, column: str) -> list[str]:
         """A text column of a whole shard."""
-        path = self._directory / shard.files[group].path
+        (path,) = self._store.local([shard.files[group]])
         return pq.read_table(path, columns=[column], memory_map=True)[column].to_pylist()
 
     def tensor(self, shard: ShardInfo, group: str, column: str, rows: np.ndarray) -> Tensor:
@@ -216,7 +198,8 @@ class ShardReader:
             target: contiguous, in the stored dtype.
         """
         file = shard.files[group]
-        layout, data = file.columns[column], self._map(file)
+        self.open([file])
+        layout, data = file.columns[column], self._maps[file.path]
         if target.dtype != parse_dtype(layout.dtype):
             raise CacheError(
                 f"'{file.path}' holds {column} as {layout.dtype}, another shard as "
@@ -235,16 +218,21 @@ class ShardReader:
             raw[place, :size] = data[begin : begin + size]
             raw[place, size:] = 0
 
-    def _map(self, file: FileInfo) -> np.ndarray:
-        if file.path in self._maps:
-            self._maps.move_to_end(file.path)
-            return self._maps[file.path]
-        # As a plain array: cutting rows out of a memmap costs several times as much.
-        mapped = np.asarray(np.memmap(self._directory / file.path, dtype=np.uint8, mode="r"))
-        self._maps[file.path] = mapped
-        if len(self._maps) > self._max_open:
+    def open(self, files: Sequence[FileInfo]) -> None:
+        """Map files that will be read; those at a URL are fetched side by side."""
+        missing = []
+        for file in files:
+            if file.path in self._maps:
+                self._maps.move_to_end(file.path)
+            else:
+                missing.append(file)
+        if not missing:
+            return
+        for file, path in zip(missing, self._store.local(missing), strict=True):
+            # As a plain array: cutting rows out of a memmap costs several times as much.
+            self._maps[file.path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        while len(self._maps) > max(self._max_open, len(files)):
             self._maps.popitem(last=False)
-        return mapped
 
 
 def finite_rows(rows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import torch
 
 from tinyflux.cache.build import MAKERS_NAME
-from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo
+from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo, sha256
 from tinyflux.cache.receipts import RECEIPT_FOLDER
 from tinyflux.cache.schema import DTYPE_FIELD, KEY, SHAPE_FIELD
 from tinyflux.cache.seen import SeenKeys
-from tinyflux.cache.shards import ShardReader, checksum, finite_rows, is_whole
+from tinyflux.cache.shards import ShardReader, finite_rows
+from tinyflux.cache.store import Store
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Problem:
         return f"{self.file}: {self.what}"
 
 
-def verify(directory: Path, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> list[Problem]:
     """Everything that is wrong: files, checksums, row counts, keys, shapes, numbers.
 
     One file is in memory at a time.
@@ -39,16 +40,16 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
     Raises:
         CacheError: there is no manifest that can be read.
     """
-    manifest = Manifest.load(directory)
+    manifest = Manifest.load(store)
     found: list[Problem] = []
     seen = SeenKeys()
     for number, shard in enumerate(manifest.shards, start=1):
         keys: list[str] | None = None
         for group, file in shard.files.items():
-            problem = _file_problem(directory, file)
+            problem = _file_problem(store, file)
             if problem is None:
                 try:
-                    keys, problem = _shard_problem(directory, shard, group, file, keys)
+                    keys, problem = _shard_problem(store, shard, group, file, keys)
                 except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                     problem = f"cannot be read as Parquet ({error!s:.100})"
             if problem is not None:
@@ -62,33 +63,33 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
         if progress is not None:
             progress(number, len(manifest.shards))
     for other in filter(None, (manifest.null_text, manifest.rejected)):
-        if problem := _file_problem(directory, other):
+        if problem := _file_problem(store, other):
             found.append(Problem(other.path, problem))
     return found
 
 
-def _file_problem(directory: Path, file: FileInfo) -> str | None:
-    if not (directory / file.path).is_file():
+def _file_problem(store: Store, file: FileInfo) -> str | None:
+    if (size := store.size(file.path)) is None:
         return "is missing"
-    if not is_whole(directory, file):
-        return f"has {(directory / file.path).stat().st_size} bytes, not {file.bytes}"
-    if checksum(directory / file.path) != file.sha256:
+    if size != file.bytes:
+        return f"has {size} bytes, not {file.bytes}"
+    if sha256(store.read(file.path)) != file.sha256:
         return "its checksum differs"
     return None
 
 
 def _shard_problem(
-    directory: Path, shard: ShardInfo, group: str, file: FileInfo, keys: list[str] | None
+    store: Store, shard: ShardInfo, group: str, file: FileInfo, keys: list[str] | None
 ) -> tuple[list[str] | None, str | None]:
     """The keys of the shard, and what is wrong with this file of it."""
-    table = pq.read_table(directory / file.path)
+    table = pq.read_table(*store.local([file]))
     own = table[KEY].to_pylist()
     keys = own if keys is None else keys
     if table.num_rows != shard.rows:
         return keys, f"has {table.num_rows} rows, the manifest says {shard.rows}"
     if own != keys:
         return keys, "its rows are others than, or in another order than, in the shard's first file"
-    reader, kept = ShardReader(directory), np.delete(np.arange(shard.rows), shard.dropped)
+    reader, kept = ShardReader(store), np.delete(np.arange(shard.rows), shard.dropped)
     for name, layout in file.columns.items():
         field = table.schema.field(name)
         if layout.shape:
@@ -105,38 +106,42 @@ def _shard_problem(
     return keys, None
 
 
-def drop(directory: Path, problems: list[Problem]) -> list[str]:
+def drop(store: Store, problems: list[Problem]) -> list[str]:
     """Remove damaged files and their receipts, so that a build makes them again.
 
     Returns:
-        What was removed, relative to ``directory``.
+        What was removed, by path in ``store``.
     """
     removed = []
     for problem in problems:
         victims = [problem.file]
         if problem.file.endswith(".parquet"):
-            victims.append(f"{RECEIPT_FOLDER}/{Path(problem.file).stem}.json")
+            victims.append(_receipt_of(problem.file))
         if problem.file.endswith(".safetensors"):
             victims.append(MAKERS_NAME)  # names the file as there
         for victim in victims:
-            if (directory / victim).is_file():
-                (directory / victim).unlink()
+            if store.size(victim) is not None:
+                store.delete(victim)
                 removed.append(victim)
     return removed
 
 
-def unlisted(directory: Path) -> Iterator[Path]:
-    """Files that are no part of the dataset: of earlier models, pictures and shards.
+def unlisted(store: Store) -> Iterator[tuple[str, int]]:
+    """Files that are no part of the dataset, and their sizes: of earlier models and pictures.
 
     Raises:
         CacheError: there is no manifest that can be read.
     """
-    manifest = Manifest.load(directory)
+    manifest = Manifest.load(store)
     listed = {file.path for file in manifest.files} | set(manifest.index)
-    receipts = {f"{RECEIPT_FOLDER}/{Path(path).stem}.json" for path in listed}
-    for path in sorted(directory.rglob("*")):
-        name = str(path.relative_to(directory))
+    receipts = {_receipt_of(path) for path in listed}
+    for name, size in sorted(store.list().items()):
         folder = name.split("/", 1)[0]
         ours = folder in ("shards", "receipts", "index") or name.startswith("null_text.")
-        if path.is_file() and ours and name not in listed | receipts:
-            yield path
+        if ours and name not in listed | receipts:
+            yield name, size
+
+
+def _receipt_of(path: str) -> str:
+    """The receipt of a shard's file."""
+    return f"{RECEIPT_FOLDER}/{PurePosixPath(path).stem}.json"

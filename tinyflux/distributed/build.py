@@ -52,7 +52,7 @@ class RayRunner:
 
     def __init__(self, configs: BuildConfigs):
         self._configs, self._packed = configs, to_dict(configs)
-        self._gauges = Gauges("cache", configs.directory.name)
+        self._gauges = Gauges("cache", configs.store.name)
 
     def prepare(self) -> Callable[[], Makers]:
         made = self._start(_prepare, self._packed)
@@ -119,7 +119,7 @@ def _single(answer: dict[str, list[str]]) -> dict[str, str]:
 def _index(batch: dict[str, Any], packed: dict[str, Any]) -> dict[str, list[str]]:
     configs = _unpack(packed)
     unit = from_dict(Unit, json.loads(str(batch["unit"][0])), "a unit")
-    return _answer(lambda: write_index(configs.directory, configs.data, unit))
+    return _answer(lambda: write_index(configs.store, configs.data, unit))
 
 
 class _ShardActor:
@@ -135,7 +135,7 @@ class _ShardActor:
     def _encode(self, packed: str) -> str:
         task = from_dict(ShardTask, json.loads(packed), "a task")
         if all(
-            read_receipt(self._configs.directory, task.name, group, maker)
+            read_receipt(self._configs.store, task.name, group, maker)
             for group, maker in task.makers.items()
         ):
             return task.name  # by an actor that died later in the same block

@@ -5,11 +5,15 @@ Everything a run knows is in its directory::
     checkpoints/   samples/   tb/   metrics.jsonl   final/   ray/
 
 ``train`` continues from the latest complete checkpoint there, whether the run was stopped, a worker
-died or the number of workers was changed.
+died or the number of workers was changed. A run at a URL is written on the main worker's disk and
+uploaded with each checkpoint.
 """
 
+import hashlib
 import json
 import os
+import posixpath
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,8 +36,13 @@ from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig
+from tinyflux.storage.copies import fetch, local_directory
+from tinyflux.storage.folder import Folder
+from tinyflux.storage.mirror import CHECKPOINTS, Mirror
+from tinyflux.storage.remote import RemoteFolder, is_url, join, open_folder
 from tinyflux.trainer.card import model_card
 from tinyflux.trainer.checkpoint import (
+    STATE_FILE,
     TrainerState,
     latest_checkpoint,
     load_checkpoint,
@@ -153,16 +162,26 @@ class _Job:
     attempt: str
 
     @property
+    def folder(self) -> Folder:
+        """The run's, at its path or URL."""
+        return open_folder(self.run_dir)
+
+    @property
     def root(self) -> Path:
-        return Path(self.run_dir)
+        """Where the main worker writes: the run's directory, or for a URL one of this machine."""
+        if not is_url(self.run_dir):
+            return Path(self.run_dir)
+        own = hashlib.sha256(self.run_dir.encode()).hexdigest()[:16]
+        return local_directory() / "runs" / own / self.folder.name
 
     @property
     def final(self) -> Path:
         return self.root / "final"
 
     @property
-    def error_file(self) -> Path:
-        return self.root / "ray" / f"{self.attempt}.error.json"
+    def error_file(self) -> str:
+        """In ``folder``."""
+        return f"ray/{self.attempt}.error.json"
 
     def paths(self) -> RunPaths:
         """The run directory's layout; it stands in for the trainer's own paths."""
@@ -184,7 +203,7 @@ class _Job:
         return data
 
 
-def train(run: TrainRun) -> Path:
+def train(run: TrainRun) -> str:
     """Train until ``trainer.total_steps``; at once if that is done.
 
     Returns:
@@ -194,7 +213,7 @@ def train(run: TrainRun) -> Path:
         TinyFluxError: what a user can mend; raised here whichever process found it.
     """
     job = _Job(
-        run_dir=os.path.abspath(run.run_dir),
+        run_dir=run.run_dir if is_url(run.run_dir) else os.path.abspath(run.run_dir),
         data=list(run.mix) or [MixSource(run.cache.path)],
         model=run.model,
         trainer=run.trainer,
@@ -202,16 +221,16 @@ def train(run: TrainRun) -> Path:
         zoo=run.zoo,
         attempt=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
     )
+    final = join(job.run_dir, "final")
     if _finished(job):
-        print(f"training is finished: {job.final}", flush=True)
-        return job.final
+        print(f"training is finished: {final}", flush=True)
+        return final
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
     check_trackers(job.trainer.trackers)
     job.open_data(check_files=True)
 
-    (job.root / "ray").mkdir(parents=True, exist_ok=True)
     try:
         _fit(job)
     except TrainingError as error:
@@ -222,7 +241,7 @@ def train(run: TrainRun) -> Path:
         raise TrainingError(
             f"the workers ended without finishing the run in {job.run_dir}: see their logs"
         )
-    return job.final
+    return final
 
 
 def _fit(job: _Job) -> None:
@@ -231,7 +250,11 @@ def _fit(job: _Job) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers = job.workers
+    workers, folder = job.workers, job.folder
+    if isinstance(folder, RemoteFolder):
+        storage, filesystem = f"{folder.root}/ray", folder.filesystem
+    else:
+        storage, filesystem = str(job.root / "ray"), None
     trainer = TorchTrainer(
         _worker,
         train_loop_config=to_dict(job),
@@ -248,7 +271,8 @@ def _fit(job: _Job) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=job.attempt,
-            storage_path=str(job.root / "ray"),
+            storage_path=storage,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -268,7 +292,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
 
     job = from_dict(_Job, settings, "the training job")
-    if job.error_file.exists():
+    if job.folder.size(job.error_file) is not None:
         return  # restarted after a failure that no restart mends; train() raises it
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -289,7 +313,12 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
 
     torch.manual_seed(config.seed)  # the same first weights on every worker
     model = TinyFluxDeep(job.model).to(device)
-    path = latest_checkpoint(paths.checkpoints)
+    mirror = None
+    if main and isinstance(folder := job.folder, RemoteFolder):
+        keep = {"step": config.keep_last_n_steps, "epoch": config.keep_last_n_epochs}
+        mirror = Mirror(folder, job.root, keep)
+        mirror.pull()
+    path = _latest(job)
     checkpoint = None if path is None else load_checkpoint(path)
     state = TrainerState(seed=config.seed) if checkpoint is None else checkpoint.state
     if checkpoint is not None:
@@ -323,6 +352,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         data.t_buckets,
         _beside(job) if main and wanted else None,
         [RayMetrics(job.root)] if main else [],
+        mirror.push_if_reached if mirror is not None else lambda: None,
     )
     steps = prefetch(worker_steps(data, held_out, config, rank, world_size, state.samples_seen))
     try:
@@ -340,6 +370,22 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
             uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
             uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *given))
             uploader.close()
+    if mirror is not None:
+        mirror.push()
+        shutil.rmtree(job.root, ignore_errors=True)
+
+
+def _latest(job: _Job) -> Path | None:
+    """The newest complete checkpoint, on this machine's disk."""
+    folder = job.folder
+    if not isinstance(folder, RemoteFolder):
+        return latest_checkpoint(job.paths().checkpoints)
+    steps = {
+        json.loads(folder.read(path))["step"]: posixpath.dirname(path)
+        for path in sorted(folder.list(CHECKPOINTS))
+        if posixpath.basename(path) == STATE_FILE
+    }
+    return Path(fetch(join(job.run_dir, steps[max(steps)]))) if steps else None
 
 
 def _describe(job: _Job, data: CacheMixture, parameters: int) -> tuple[str, ...]:
@@ -408,7 +454,8 @@ def _evaluator(settings: dict[str, Any], device: torch.device) -> Evaluator:
 def _finished(job: _Job) -> bool:
     """Whether ``final/`` holds the result of all of the run's steps."""
     try:
-        return json.loads((job.final / FINISHED).read_text())["step"] >= job.trainer.total_steps
+        done = json.loads(job.folder.read(f"final/{FINISHED}"))
+        return done["step"] >= job.trainer.total_steps
     except (OSError, ValueError, KeyError):
         return False
 
@@ -420,15 +467,16 @@ def _reported(job: _Job) -> Iterator[None]:
         yield
     except TinyFluxError as error:
         record = {"type": type(error).__name__, "message": str(error)}
-        atomic_write(job.error_file, json.dumps(record).encode())
+        job.folder.write(job.error_file, json.dumps(record).encode())
         raise
 
 
 def _take_error(job: _Job) -> TinyFluxError | None:
     """The error that a worker left, as it was raised there; its file goes."""
-    if not job.error_file.exists():
+    try:
+        record = json.loads(job.folder.read(job.error_file))
+    except FileNotFoundError:
         return None
-    record = json.loads(job.error_file.read_text())
-    job.error_file.unlink()
+    job.folder.delete(job.error_file)
     kind = getattr(errors, record["type"], TinyFluxError)
     return kind(record["message"])

@@ -12,6 +12,7 @@ from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
+from tinyflux.cache.store import open_store
 from tinyflux.errors import ConfigError
 from tinyflux.model.teachers import SPATIAL_SIZE
 from tinyflux.model.zoo import ZooConfig
@@ -88,23 +89,23 @@ def plan_cache(run: Any) -> CachePlan:
         ConfigError: nobody said how many samples there are, or the actors do not fit.
     """
     cluster: ClusterConfig = run.cluster
-    directory = Path(run.cache.path) if run.cache.path else None
+    store = open_store(run.cache.path) if run.cache.path else None
     nodes = _nodes(run.cache.num_actors, run.cache, cluster)
     factor = 2 ** (len(_vae_channels(run.zoo)) - 1)
     grid = (run.data.height // factor, run.data.width // factor)
-    if directory is not None and (directory / MANIFEST_NAME).exists():
-        manifest = Manifest.load(directory)
+    if store is not None and store.size(MANIFEST_NAME) is not None:
+        manifest = Manifest.load(store)
         if cluster.samples in (0, manifest.rows):
             return _finished(manifest, run.cache.num_actors, nodes)
-    estimate = None if directory is None else read_estimate(directory)
+    estimate = None if store is None else read_estimate(store)
     origin, rows = "measured on a few batches", float(ROW_BYTES)
     if estimate is None:
         estimate = _by_formula(run, grid)
         origin = "formulas" if estimate.cost.seconds_together else "formulas, which know no hours"
     else:
-        assert directory is not None
-        lists = (directory / SHARD_FOLDER).glob(f"*.{ROWS}.*.parquet")
-        rows = sum(path.stat().st_size for path in lists) / estimate.samples
+        assert store is not None
+        files = store.list(SHARD_FOLDER).items()
+        rows = sum(size for path, size in files if f".{ROWS}." in path) / estimate.samples
         estimate = _scaled(estimate, cluster.samples, run.cache.num_actors)
     groups = {group: estimate.bytes(group) for group in estimate.cost.bytes_per_sample}
     known = bool(estimate.cost.seconds_together)

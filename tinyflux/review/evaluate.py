@@ -20,6 +20,8 @@ from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import resolve_device
 from tinyflux.serving.pictures import png_bytes
+from tinyflux.storage.mirror import working_copy
+from tinyflux.storage.remote import join
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
@@ -43,8 +45,8 @@ def nearest_share(pictures: Tensor, references: Tensor) -> dict[str, float]:
     }
 
 
-def evaluate(run: RunConfig) -> Path:
-    """Write ``evaluation.json`` and the pictures it speaks of, as a task of Ray's; its path.
+def evaluate(run: RunConfig) -> str:
+    """Write ``evaluation.json`` and the pictures it speaks of, as a task of Ray's; its place.
 
     Raises:
         TinyFluxError: there is no finished run, or no cache.
@@ -57,15 +59,21 @@ def evaluate(run: RunConfig) -> Path:
         num_cpus=workers.cpus_per_worker, num_gpus=1 if workers.use_gpu else 0
     )
     try:
-        return Path(ray.get(task.remote(to_dict(run))))
+        ray.get(task.remote(to_dict(run)))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    return join(run.run_dir, "evaluation.json")
 
 
-def _evaluate(packed: dict[str, Any]) -> str:
+def _evaluate(packed: dict[str, Any]) -> None:
     run = from_dict(RunConfig, packed, "the run")
+    with working_copy(run.run_dir) as run_dir:
+        _evaluate_in(run_dir, run)
+
+
+def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     device = resolve_device(run.zoo.device)
-    trained = load_model(f"{run.run_dir}/final", device=str(device), dtype=torch.float32)
+    trained = load_model(run_dir / "final", device=str(device), dtype=torch.float32)
     torch.manual_seed(run.trainer.seed)
     untrained = TinyFluxDeep(run.model).to(device).eval()
     models = {"untrained": untrained, "trained": trained}
@@ -73,12 +81,10 @@ def _evaluate(packed: dict[str, Any]) -> str:
     held_out_rows = data.held_out(run.trainer.val_fraction)
     record = {
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-        "weights": hashlib.sha256(
-            Path(run.run_dir, "final", WEIGHTS_NAME).read_bytes()
-        ).hexdigest(),
+        "weights": hashlib.sha256((run_dir / "final" / WEIGHTS_NAME).read_bytes()).hexdigest(),
         "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
         "nearest": _draw(
-            run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])], device
+            run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])], device
         ),
     }
     if held_out_rows.any():
@@ -93,12 +99,12 @@ def _evaluate(packed: dict[str, Any]) -> str:
             f"{losses['untrained']['val_velocity']:.4f}",
             flush=True,
         )
-    path = Path(run.run_dir) / "evaluation.json"
-    atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
-    return str(path)
+    text = json.dumps(record, indent=2) + "\n"
+    atomic_write(run_dir / "evaluation.json", text.encode())
 
 
 def _draw(
+    run_dir: Path,
     run: RunConfig,
     models: dict[str, TinyFluxDeep],
     data: CachedDataset,
@@ -136,7 +142,7 @@ def _draw(
             f"own caption's picture, {shares[name]['top5']:.0%} among the five nearest",
             flush=True,
         )
-    output = Path(run.run_dir) / "evaluation"
+    output = run_dir / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
     for index, (prompt, image, wanted) in enumerate(zip(prompts, drawn, references, strict=True)):

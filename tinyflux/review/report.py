@@ -9,9 +9,13 @@ from typing import Any
 
 from PIL import Image
 
+from tinyflux.cache.manifest import Manifest
+from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.errors import MissingDependencyError, TinyFluxError
 from tinyflux.review.stages import RECORD
+from tinyflux.storage.mirror import working_copy
+from tinyflux.storage.remote import join
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.files import atomic_write
@@ -91,19 +95,24 @@ def _stage_rows(stages: dict[str, Any], rates: dict[str, str]) -> str:
     return "\n".join(rows)
 
 
-def write_report(run: RunConfig) -> Path:
+def write_report(run: RunConfig) -> str:
     """Write ``report.html`` from what the stages left in the run directory.
 
     Raises:
         TinyFluxError: the run was not trained or not evaluated yet.
     """
-    run_dir = Path(run.run_dir)
+    with working_copy(run.run_dir) as run_dir:
+        _write_report(run_dir, run)
+    return join(run.run_dir, "report.html")
+
+
+def _write_report(run_dir: Path, run: RunConfig) -> None:
     evaluation = _read(run_dir / "evaluation.json")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     if evaluation is None or not metrics:
         missing = "evaluation.json" if evaluation is None else "metrics.jsonl"
         raise TinyFluxError(
-            f"there is no {missing} in '{run_dir}': train and evaluate first, or `tinyflux run`"
+            f"there is no {missing} in '{run.run_dir}': train and evaluate first, or `tinyflux run`"
         )
     stages = _read(run_dir / RECORD) or {}
     world = _read(Path(run.zoo.vae_repo) / "world.json")
@@ -166,9 +175,7 @@ captions that it was trained on.</p>
 <p class=note>{html.escape(ATTRIBUTION) if world is not None else ""}</p>
 </body></html>
 """
-    path = run_dir / "report.html"
-    atomic_write(path, page.encode())
-    return path
+    atomic_write(run_dir / "report.html", page.encode())
 
 
 def _read(path: Path) -> Any:
@@ -200,9 +207,9 @@ def _rates(
 ) -> dict[str, str]:
     """What the stages that are known by a rate achieved, their start-up counted."""
     rates = {}
-    manifest = _read(Path(run.cache.path) / "manifest.json")
-    if "cache" in stages and manifest is not None:
-        rate = manifest["rows"] / max(stages["cache"]["seconds"], 1e-9)
+    if "cache" in stages:
+        rows = Manifest.load(open_store(run.cache.path)).rows
+        rate = rows / max(stages["cache"]["seconds"], 1e-9)
         rates["cache"] = f"{rate:.1f} samples/s with start-up"
     if "train" in stages:
         rate = steps * run.trainer.batch_size / max(stages["train"]["seconds"], 1e-9)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyflux.config import RunConfig, parse_run_config, save_run_config
+from tinyflux.config import RunConfig, keep_run_config, parse_run_config
 from tinyflux.errors import TinyFluxError
+from tinyflux.storage.remote import join, open_folder
 from tinyflux.util.config import to_dict
-from tinyflux.util.files import atomic_write
 
 RECORD = "stages.json"
 # Stages tell their progress themselves; no library's bars or requests between their lines.
@@ -76,7 +76,7 @@ def main_stages(config: Sequence[str]) -> dict[str, Stage]:
     return {stage.name: stage for stage in found}
 
 
-def run_file(arguments: Sequence[str]) -> Path:
+def run_file(arguments: Sequence[str]) -> str:
     """Cache, train, evaluate and report as one run file says; the report's path.
 
     Args:
@@ -89,16 +89,18 @@ def run_file(arguments: Sequence[str]) -> Path:
         raise TinyFluxError("say which run: tinyflux run FILE [--section.key VALUE]")
     config = ["--config", arguments[0], *arguments[1:]]
     run = parse_run_config(config, "run")
-    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    save_run_config(run, Path(run.run_dir) / "config.yaml")
+    keep_run_config(run)
     run_stages(list(main_stages(config).values()), run, Path.cwd())
-    return Path(run.run_dir) / "report.html"
+    return join(run.run_dir, "report.html")
 
 
 def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
     """Run every stage that has not run yet with these settings, in ``root``."""
-    record_path = Path(run.run_dir) / RECORD
-    record: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    folder = open_folder(run.run_dir)
+    try:
+        record: dict[str, Any] = json.loads(folder.read(RECORD))
+    except FileNotFoundError:
+        record = {}
     settings = hashlib.sha256(json.dumps(to_dict(run), sort_keys=True).encode()).hexdigest()
     redo = False
     for number, stage in enumerate(stages, start=1):
@@ -120,7 +122,7 @@ def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
             "seconds": round(time.monotonic() - begun, 1),
             "settings": settings,
         }
-        atomic_write(record_path, (json.dumps(record, indent=2) + "\n").encode())
+        folder.write(RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _call(stage: Stage, root: Path) -> None:

@@ -10,12 +10,12 @@ of which a picture is missing, the same way, so a job that was killed ends with 
 
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ from PIL.PngImagePlugin import PngInfo
 from tinyflux import errors
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
-from tinyflux.model.loader import load_model
 from tinyflux.model.zoo import ZooConfig, resolve_device
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompt_file import Wish, read_wishes
+from tinyflux.serving.weights import load_student
+from tinyflux.storage.folder import Folder
+from tinyflux.storage.remote import open_folder
 from tinyflux.trainer.sampling import Sampler, image_grid
 from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.files import atomic_write
 
 GRID = 64  # pictures of it
 
@@ -46,8 +47,9 @@ class SampleConfig:
         num_steps, guidance_scale, negative_prompt: of the sampler.
         height, width: in latents; a picture is the VAE's downscale times larger.
         seed: the i-th prompt uses ``seed + i``.
-        checkpoint: a directory, file or hub repository; None is the run's ``final``.
-        output_dir: None is ``drawn`` in the run directory.
+        checkpoint: a directory, file, hub repository or a directory's URL; None is the run's
+            ``final``.
+        output_dir: or a URL; None is ``drawn`` in the run directory.
         batch_size: pictures drawn at once.
         num_actors: processes that draw; cpus_per_actor, gpus_per_actor: what each takes.
     """
@@ -96,18 +98,17 @@ class Batch:
     missing: list[int]
 
 
-def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> Path:
-    """Draw every prompt that has no picture yet, on Ray; the directory of the pictures.
+def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
+    """Draw every prompt that has no picture yet, on Ray; where the pictures are.
 
     Raises:
         TinyFluxError: prompts, models or settings that cannot work.
     """
     if config.checkpoint is None or config.output_dir is None:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
-    wishes, output = config.wishes(), Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    weights = _fingerprint(load_model(config.checkpoint, device="cpu", dtype=torch.float32))
-    batches = list(_batches(config, wishes, weights))
+    wishes, output = config.wishes(), open_folder(config.output_dir)
+    weights = _fingerprint(load_student(config.checkpoint, "cpu", torch.float32))
+    batches = list(_batches(config, wishes, weights, output))
     total, left = len(wishes), sum(len(batch.missing) for batch in batches)
     print(f"sample: {total - left} of {total} are there", flush=True)
     done, started = total - left, time.monotonic()
@@ -123,27 +124,30 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> Path:
         json.dumps({"file_name": _name(place), **json.loads(_settings(wish, weights))})
         for place, wish in enumerate(wishes)
     ]
-    atomic_write(output / "metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    output.write("metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
     if len({(wish.height, wish.width) for wish in wishes[:GRID]}) == 1:
-        pictures = [read_picture(output / _name(place)) for place in range(min(total, GRID))]
-        atomic_write(output / "grid.png", png_bytes(image_grid(torch.stack(pictures))))
-    print(f"sample: {total} pictures in {output}", flush=True)
-    return output
+        pictures = [read_picture(output.read(_name(place))) for place in range(min(total, GRID))]
+        output.write("grid.png", png_bytes(image_grid(torch.stack(pictures))))
+    print(f"sample: {total} pictures in {config.output_dir}", flush=True)
+    return config.output_dir
 
 
-def _batches(config: SampleConfig, wishes: list[Wish], weights: str) -> Iterator[Batch]:
+def _batches(
+    config: SampleConfig, wishes: list[Wish], weights: str, output: Folder
+) -> Iterator[Batch]:
     """The batches of which something is missing."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for place, wish in enumerate(wishes):
         alike.setdefault(wish.alike(), []).append(place)
-    output = Path(str(config.output_dir))
+    there = output.list()
     for places in alike.values():
         for start in range(0, len(places), config.batch_size):
             part = places[start : start + config.batch_size]
             missing = [
                 place
                 for place in part
-                if _settings_in(output / _name(place)) != _settings(wishes[place], weights)
+                if _name(place) not in there
+                or _settings_in(output.read(_name(place))) != _settings(wishes[place], weights)
             ]
             if missing:
                 yield Batch(part, [wishes[place] for place in part], missing)
@@ -197,7 +201,7 @@ class _Drawer:
 
     def _draw(self, batch: Batch) -> int:
         if self._sampler is None:
-            model = load_model(str(self._config.checkpoint), device="cpu", dtype=torch.float32)
+            model = load_student(str(self._config.checkpoint), "cpu", torch.float32)
             device = resolve_device(self._zoo.device)
             zoo = self._zoo.build(model.config)
             self._sampler = Sampler(zoo, model, device=device, dtype=self._zoo.dtype)
@@ -215,8 +219,9 @@ class _Drawer:
             if place in batch.missing:
                 note = PngInfo()
                 note.add_text("tinyflux", _settings(wish, self._weights))
-                path = Path(str(self._config.output_dir)) / _name(place)
-                atomic_write(path, png_bytes(image, note))
+                open_folder(str(self._config.output_dir)).write(
+                    _name(place), png_bytes(image, note)
+                )
         return len(batch.missing)
 
 
@@ -229,9 +234,9 @@ def _settings(wish: Wish, weights: str) -> str:
     return json.dumps({**dataclasses.asdict(wish), "weights": weights}, sort_keys=True)
 
 
-def _settings_in(path: Path) -> str | None:
+def _settings_in(png: bytes) -> str | None:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(png)) as image:
             return image.info.get("tinyflux")
     except (OSError, ValueError):
         return None
@@ -245,8 +250,8 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """A picture file as ``[3, H, W]`` in [0, 1]."""
-    with Image.open(path) as image:
+def read_picture(png: bytes) -> torch.Tensor:
+    """A picture as ``[3, H, W]`` in [0, 1]."""
+    with Image.open(io.BytesIO(png)) as image:
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255

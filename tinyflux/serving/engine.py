@@ -19,13 +19,13 @@ from tinyflux.errors import (
     TinyFluxError,
 )
 from tinyflux.model.guidance import TextCondition, guided_velocity
-from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ZooConfig, resolve_device
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompts import PromptCache
 from tinyflux.serving.tickets import Finished, ImageRequest, Progress, Ticket
 from tinyflux.serving.turns import Turns
+from tinyflux.serving.weights import load_student
 from tinyflux.trainer.sampling import (
     check_request,
     initial_noise,
@@ -154,7 +154,7 @@ class ImageEngine:
                 )
         self.config = config
         self._device, self._dtype = resolve_device(zoo.device), zoo.dtype
-        self._model = load_model(config.checkpoint, device=str(self._device), dtype=self._dtype)
+        self._model = load_student(config.checkpoint, str(self._device), self._dtype)
         self._weights = 0
         self._zoo = zoo.build(self._model.config)
         self._zoo.load_vae()
@@ -270,7 +270,7 @@ class ImageEngine:
         Raises:
             TinyFluxError: it cannot be opened, or is of another config; nothing has changed then.
         """
-        model = load_model(checkpoint, device=str(self._device), dtype=self._dtype)
+        model = load_student(checkpoint, str(self._device), self._dtype)
         old, new = self._model.config.to_dict(), model.config.to_dict()
         other = [name for name in old if old[name] != new[name]]
         if other:

@@ -1,13 +1,11 @@
 """The replica of an engine: it draws, says how it is, and follows its checkpoint."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import os
 import threading
+import time
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -18,8 +16,11 @@ from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeCo
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
 from tinyflux.serving.metrics import EngineMetrics
 from tinyflux.serving.pictures import png_bytes
+from tinyflux.serving.weights import signature
+from tinyflux.storage.remote import is_url
 
 REPORT_SECONDS = 1.0
+URL_SECONDS = 30.0  # between looks at a checkpoint that costs money to look at
 # About how long Ray Serve takes to see that an engine is broken.
 BROKEN_SECONDS = 6.0
 
@@ -43,7 +44,7 @@ class Painter:
         self._metrics = EngineMetrics(name)
         self._seen = signature(checkpoint)
         self._engine = ImageEngine(dataclasses.replace(config, checkpoint=checkpoint), zoo)
-        self._reloads, self._mistake = 0, ""
+        self._reloads, self._mistake, self._looked = 0, "", time.monotonic()
         self._ended = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._follower.start()
@@ -120,6 +121,9 @@ class Painter:
 
     def _changed(self) -> bool:
         """Whether the checkpoint is another than the last one read, and is whole."""
+        if is_url(self._checkpoint) and time.monotonic() - self._looked < URL_SECONDS:
+            return False
+        self._looked = time.monotonic()
         now = signature(self._checkpoint)
         return now is not None and now != self._seen
 
@@ -133,13 +137,3 @@ class Painter:
         else:
             self._reloads, self._mistake = self._reloads + 1, ""
         self._seen = seen
-
-
-def signature(checkpoint: str) -> tuple[tuple[str, int, int], ...] | None:
-    """What changes when a checkpoint on this machine is replaced; None where there is none."""
-    path = Path(checkpoint)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    with contextlib.suppress(OSError):
-        stats = [(str(file), os.stat(file)) for file in files]
-        return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats) or None
-    return None

@@ -5,7 +5,7 @@ batches come from.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,6 +77,7 @@ class TrainLoop:
         null_text, t_buckets: see :func:`tinyflux.trainer.step.training_loss`.
         evaluations: on the main worker; without it nothing is validated or drawn.
         trackers: told the run's numbers beside those of ``config.trackers``.
+        saved: called after each checkpoint, in the thread that wrote it.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class TrainLoop:
         t_buckets: Tensor,
         evaluations: Evaluations | None = None,
         trackers: Sequence[Tracker] = (),
+        saved: Callable[[], None] = lambda: None,
     ):
         self.engine, self.config, self.state, self.ema = engine, config, state, ema
         self.paths, self.evaluations, self._trackers = paths, evaluations, trackers
+        self._saved = saved
         self._world = rank_and_world()[1]
         self.t_buckets = t_buckets.to(engine.device)
         self.null_text = null_text and tuple(part.to(engine.device) for part in null_text)
@@ -289,9 +292,19 @@ class TrainLoop:
         contents = Contents(self.engine.model, weights, shadow, self.ema.decay, optimizer, state)
         uploader = self._uploader if upload else None
         if self._writer is None:
-            _write(path, contents, kind, keep, uploader)
+            self._write(path, contents, kind, keep, uploader)
         else:
-            self._writer.submit(partial(_write, path, contents.snapshot(), kind, keep, uploader))
+            write = partial(self._write, path, contents.snapshot(), kind, keep, uploader)
+            self._writer.submit(write)
+
+    def _write(
+        self, path: Path, contents: Contents, kind: str, keep: int, uploader: Uploader | None
+    ) -> None:
+        save_checkpoint(path, contents)
+        prune(path.parent, kind, keep)
+        if uploader is not None:
+            uploader.submit(path, path.name)
+        self._saved()
 
     def whole_weights(self) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor] | None]:
         """The whole weights and the whole EMA, on rank 0; called by all workers."""
@@ -344,13 +357,6 @@ class TrainLoop:
     def _samples_dir(self) -> Path:
         assert self.paths is not None
         return self.paths.samples
-
-
-def _write(path: Path, contents: Contents, kind: str, keep: int, uploader: Uploader | None) -> None:
-    save_checkpoint(path, contents)
-    prune(path.parent, kind, keep)
-    if uploader is not None:
-        uploader.submit(path, path.name)
 
 
 def _due(count: int, every: int | None) -> bool:

@@ -6,10 +6,10 @@ import os
 import re
 from dataclasses import dataclass
 
-import fsspec
-from pyarrow import ArrowInvalid, NativeFile, fs
+from pyarrow import NativeFile, fs
 
 from tinyflux.errors import ConfigError, InputError
+from tinyflux.storage.remote import open_filesystem
 
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -79,8 +79,10 @@ def open_place(location: str) -> Place:
         cut = location.rfind("/", 0, wildcard.start()) + 1
         folder, pattern = location[:cut] or ".", location[cut:]
     try:
-        system, path = _resolve(folder)
+        system, path = open_filesystem(folder)
         kind = system.get_file_info(path).type
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"data.folder '{location}' cannot be opened: {error!s:.200}") from error
     if kind == fs.FileType.NotFound:
@@ -88,16 +90,6 @@ def open_place(location: str) -> Place:
     if kind == fs.FileType.File:
         return Place(system, os.path.dirname(path), glob.escape(os.path.basename(path)))
     return Place(system, path, pattern)
-
-
-def _resolve(location: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in location:
-        return fs.LocalFileSystem(), os.path.abspath(location)
-    try:
-        return fs.FileSystem.from_uri(location)
-    except ArrowInvalid:  # not one of pyarrow's own
-        system, path = fsspec.core.url_to_fs(location)
-        return fs.PyFileSystem(fs.FSSpecHandler(system)), path
 
 
 def unreadable(path: str, error: Exception) -> InputError:

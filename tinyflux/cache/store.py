@@ -1,0 +1,82 @@
+"""Where a dataset lies: a directory, or a folder at a URL whose files are copied here to be read.
+
+Each file appears whole or not at all, and the manifest, written last, says what there is.
+"""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from tinyflux.cache.manifest import FileInfo
+from tinyflux.errors import CacheError
+from tinyflux.storage.copies import copy_of
+from tinyflux.storage.folder import Folder, LocalFolder
+from tinyflux.storage.remote import RemoteFolder, is_url
+
+DOWNLOADS = 8  # at once
+
+
+class Store(Folder, Protocol):
+    """A dataset's folder."""
+
+    def local(self, files: Sequence[FileInfo]) -> list[Path]:
+        """The files on this machine's disk, whole, to be read by memory map."""
+        ...
+
+    @contextmanager
+    def held(self, mark: str) -> Iterator[None]:
+        """Keep other build jobs out, by a file that is there; CacheError if one is in."""
+        ...
+
+
+class LocalStore(LocalFolder):
+    """A directory."""
+
+    def local(self, files: Sequence[FileInfo]) -> list[Path]:
+        """See :meth:`Store.local`."""
+        return [self.directory / file.path for file in files]
+
+    @contextmanager
+    def held(self, mark: str) -> Iterator[None]:
+        """See :meth:`Store.held`."""
+        with (self.directory / mark).open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CacheError(
+                    f"another job is working on the cache at '{self.location}': wait for it to end"
+                ) from None
+            for leftover in self.directory.rglob(".*.tmp"):  # of writers that were killed
+                leftover.unlink(missing_ok=True)
+            yield
+
+
+class RemoteStore(RemoteFolder):
+    """A folder at a URL."""
+
+    def local(self, files: Sequence[FileInfo]) -> list[Path]:
+        """See :meth:`Store.local`."""
+        if len(files) == 1:
+            return [self._copy(files[0])]
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            return list(pool.map(self._copy, files))
+
+    def _copy(self, file: FileInfo) -> Path:
+        return copy_of(self, file.path, file.bytes, file.sha256)
+
+    @contextmanager
+    def held(self, mark: str) -> Iterator[None]:
+        """No lock: object stores have none that pyarrow knows.
+
+        Two jobs do the same work twice and end with one dataset, because files are named by what
+        is in them.
+        """
+        yield
+
+
+def open_store(location: str | Path) -> Store:
+    """The dataset's folder at a path or URL; it need not be there yet."""
+    return RemoteStore(str(location)) if is_url(str(location)) else LocalStore(location)
