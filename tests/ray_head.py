@@ -32,13 +32,13 @@ ENVIRONMENT = {
 class Cluster:
     """A Ray of one node, and its job command."""
 
-    def __init__(self, folder: Path, log: Path):
+    def __init__(self, folder: Path, log: Path, extra: dict[str, str]):
         ports = free_ports(5)
         self.metrics = f"http://127.0.0.1:{ports[4]}/metrics"
         self.address = f"http://127.0.0.1:{ports[1]}"
         # For a driver that is started by hand.
         self.environment = {
-            **ENVIRONMENT, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "PYTHONPATH": str(ROOT)
+            **ENVIRONMENT, **extra, "RAY_ADDRESS": f"127.0.0.1:{ports[0]}", "PYTHONPATH": str(ROOT)
         }  # fmt: skip
         self.folder, self._log = folder, log
         self._commands: list[subprocess.Popen[str]] = []
@@ -50,7 +50,8 @@ class Cluster:
                  f"--ray-client-server-port={ports[3]}", f"--metrics-export-port={ports[4]}",
                  f"--temp-dir={folder}",
                  "--object-store-memory=100000000"],
-                env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**ENVIRONMENT, **extra}, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
 
     def wait_until_up(self) -> None:
@@ -149,10 +150,10 @@ def succeed(process):
 
 
 @contextlib.contextmanager
-def running_cluster(log: Path) -> Iterator[Cluster]:
-    """A cluster that is up, and ends with the block."""
+def running_cluster(log: Path, extra: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """A cluster that is up, and ends with the block; ``extra`` is for its environment."""
     folder = Path(tempfile.mkdtemp(prefix="tf", dir="/tmp"))  # sockets need a short path
-    cluster = Cluster(folder, log)
+    cluster = Cluster(folder, log, extra or {})
     try:
         cluster.wait_until_up()
         yield cluster
