@@ -20,7 +20,7 @@ from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config
 from tinyflux.errors import CacheError, ConfigError, StorageError
-from tinyflux.storage import remote
+from tinyflux.storage import copies, remote
 from tinyflux.storage.copies import copy_of, fetch
 from tinyflux.storage.mirror import Mirror, working_copy
 from tinyflux.storage.remote import RemoteFolder, join, open_folder
@@ -128,6 +128,7 @@ def test_copies_are_made_once_checked_and_bounded(server, s3, tmp_path, monkeypa
         folder.write(str(number), piece)
     digests = [hashlib.sha256(piece).hexdigest() for piece in pieces]
     monkeypatch.setenv("TINYFLUX_LOCAL_GIB", str(2.5 / 1024))
+    monkeypatch.setattr(copies, "RECENT_SECONDS", 0.0)
     before = server.wire.carried
     found = []
     threads = [
@@ -146,7 +147,12 @@ def test_copies_are_made_once_checked_and_bounded(server, s3, tmp_path, monkeypa
     assert kept == {digests[2], digests[3]}
     with pytest.raises(StorageError, match="is damaged"):
         copy_of(folder, "1", 2**20, digests[0])
-    assert not [one for one in path.parent.iterdir() if one.name.startswith(".")]
+    assert {one.name for one in path.parents[1].iterdir()} == {"files", "folders", "locks"}
+    fetch(s3)  # 4 MiB: nothing else fits
+    assert list(path.parent.iterdir()) == []
+    monkeypatch.setattr(copies, "RECENT_SECONDS", 60.0)
+    assert copy_of(folder, "0", 2**20, digests[0]).exists()
+    assert len(list((path.parents[1] / "folders").iterdir())) == 1  # too new to go
 
 
 def test_a_folder_that_changed_is_fetched_again(s3):

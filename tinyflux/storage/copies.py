@@ -1,8 +1,8 @@
 """Copies on this machine's disk of what lies at URLs, shared by its processes.
 
 ``TINYFLUX_LOCAL_DIR`` names the directory, else it is in the system's temporary one; a node's fast
-disk is the right place. ``TINYFLUX_LOCAL_GIB`` bounds the copies of caches' files: those that were
-used longest ago make room.
+disk is the right place. ``TINYFLUX_LOCAL_GIB`` bounds the copies: those that were used longest ago
+make room. Processes that have one open keep what they see.
 """
 
 import fcntl
@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyflux.errors import ConfigError, StorageError
@@ -20,7 +21,9 @@ from tinyflux.storage.remote import RemoteFolder, is_url
 
 DIRECTORY, GIB = "TINYFLUX_LOCAL_DIR", "TINYFLUX_LOCAL_GIB"
 DEFAULT_GIB = 100.0
-VERSIONS = 2  # of a folder: a newer one may be fetched while the one before is being read
+FILES, FOLDERS = "files", "folders"
+# What was fetched a moment ago may not be open yet, so it stays, whatever the bound.
+RECENT_SECONDS = 120.0
 
 
 def local_directory() -> Path:
@@ -43,13 +46,10 @@ def copy_of(folder: RemoteFolder, path: str, size: int, sha256: str) -> Path:
     Raises:
         StorageError: it cannot be fetched, or is not what ``sha256`` says.
     """
-    files = local_directory() / "files"
-    target = files / sha256
+    target = local_directory() / FILES / sha256
     with _locked(sha256[:2]):
         if not _is_whole(target, size):
-            files.mkdir(exist_ok=True)
-            _make_room(files, size)
-            with _temporary(files) as work:
+            with _temporary(size) as work:
                 part = work / "part"
                 folder.download(path, part)
                 if (found := _sha256(part)) != sha256:
@@ -83,37 +83,46 @@ def fetch(location: str, names: Collection[str] = ()) -> str:
     }
     if not wanted:
         raise StorageError(f"there is nothing at '{location}': check the URL")
-    kept = local_directory() / "folders" / _digest(location)
-    target = kept / _digest(json.dumps(wanted))
-    with _locked(kept.name[:2]):
+    version = hashlib.sha256(json.dumps([location, wanted]).encode()).hexdigest()
+    target = local_directory() / FOLDERS / version
+    with _locked(version[:2]):
         if not target.exists():
-            kept.mkdir(parents=True, exist_ok=True)
-            with _temporary(kept) as work:
+            with _temporary(sum(size for size, _ in wanted.values())) as work:
                 for path in wanted:
-                    (work / path).parent.mkdir(parents=True, exist_ok=True)
-                    folder.download(path, work / path)
-                work.rename(target)
+                    (work / "part" / path).parent.mkdir(parents=True, exist_ok=True)
+                    folder.download(path, work / "part" / path)
+                (work / "part").rename(target)
         os.utime(target)
-        by_age = sorted(kept.iterdir(), key=lambda version: version.stat().st_mtime_ns)
-        for version in by_age[:-VERSIONS]:
-            shutil.rmtree(version, ignore_errors=True)
     return str(target)
 
 
-def _make_room(files: Path, size: int) -> None:
+def _make_room(size: int) -> None:
     text = os.environ.get(GIB) or DEFAULT_GIB
     try:
         limit = float(text) * 2**30
     except ValueError:
         raise ConfigError(f"{GIB} must be a number of GiB, not '{text}'") from None
-    there = [(entry.stat(), entry.path) for entry in os.scandir(files) if entry.is_file()]
-    used = sum(state.st_size for state, _ in there)
-    for state, path in sorted(there, key=lambda item: item[0].st_mtime_ns):
-        if used + size <= limit:
+    places = [place for kind in (FILES, FOLDERS) for place in (local_directory() / kind).iterdir()]
+    there = []
+    for place in places:
+        with suppress(FileNotFoundError):  # another process made room
+            there.append((place.stat().st_mtime_ns, _size(place), place))
+    used = sum(taken for _, taken, _ in there)
+    recent = (time.time() - RECENT_SECONDS) * 1e9
+    for used_at, taken, place in sorted(there):
+        if used + size <= limit or used_at > recent:
             return
-        # Processes that have it mapped keep what they see.
-        Path(path).unlink(missing_ok=True)
-        used -= state.st_size
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+        used -= taken
+
+
+def _size(place: Path) -> int:
+    if place.is_dir():
+        return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return place.stat().st_size
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -134,8 +143,12 @@ def _locked(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    work = Path(tempfile.mkdtemp(dir=parent, prefix=".part."))
+def _temporary(size: int) -> Iterator[Path]:
+    """A directory for what will be moved to its place, with room for so many bytes."""
+    for kind in (FILES, FOLDERS):
+        (local_directory() / kind).mkdir(exist_ok=True)
+    _make_room(size)
+    work = Path(tempfile.mkdtemp(dir=local_directory(), prefix="part."))
     try:
         yield work
     finally:
@@ -148,7 +161,3 @@ def _sha256(path: Path) -> str:
         while piece := file.read(2**20):
             total.update(piece)
     return total.hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
