@@ -120,8 +120,8 @@ def _scale(config: ServeConfig) -> dict[str, Any]:
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.max_batch,
-            "upscale_delay_s": 10.0,
-            "downscale_delay_s": 300.0,
+            "upscale_delay_s": config.scale_up_seconds,
+            "downscale_delay_s": config.scale_down_seconds,
         }
     }
 

@@ -50,6 +50,7 @@ class ServeConfig:
         checkpoint: a directory, file or hub repository; None is the run's ``final``.
         models: more checkpoints, by the names that requests use.
         min_replicas, max_replicas: of each model; Ray Serve keeps each one's batch about full.
+        scale_up_seconds, scale_down_seconds: how long there must be too much or too little to do.
         cpus_per_replica, gpus_per_replica: what a replica takes.
         http_replicas: processes that answer HTTP.
         watch_checkpoint: swap in a checkpoint when its files change.
@@ -75,6 +76,8 @@ class ServeConfig:
     models: dict[str, str] = field(default_factory=dict)
     min_replicas: int = 1
     max_replicas: int = 1
+    scale_up_seconds: float = 10.0
+    scale_down_seconds: float = 300.0
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     http_replicas: int = 1
