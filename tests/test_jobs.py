@@ -85,10 +85,13 @@ def test_every_job_from_pictures_to_a_server(cluster, run):
         "step_00000004",
     ]
 
+    evaluated = cluster.start("ray_jobs/evaluate.py", *config)
     server = ("--no-wait", "--submission-id=server")
     succeed(cluster.start("ray_jobs/serve.py", *config, options=server))
     succeed(cluster.start("ray_jobs/sample.py", *config))
     assert picture_size((root / "drawn" / "00001.png").read_bytes()) == (16, 16)
+    succeed(evaluated)
+    assert (root / "evaluation.json").exists()
 
     address = f"http://127.0.0.1:{run.serve.port}"
     wait_for(lambda: answers(f"{address}/healthz"), 240)

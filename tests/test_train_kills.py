@@ -30,7 +30,7 @@ from tinyflux.util.config import to_dict
 
 pytestmark = pytest.mark.slow
 KILLS, EVERY, STEPS = 10, 5, 100
-LONG = 1500  # steps, so that nodes can come and go meanwhile
+LONG = 800  # while the second node comes
 JOB = """
 import functools, json, sys
 import ray.train
@@ -171,7 +171,7 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
     for name, value in head.environment.items():
         if name.startswith("RAY_") and name != "RAY_ADDRESS":
             monkeypatch.setenv(name, value)
-    workers = WorkersConfig(num_workers=2, min_workers=1, max_failures=-1)
+    workers = WorkersConfig(num_workers=2, min_workers=1, resize_seconds=5, max_failures=-1)
     trainer = replace(straight.trainer, total_steps=LONG, validate_every=None)
     elastic = replace(
         straight, run_dir=f"{straight.run_dir}-elastic", workers=workers, trainer=trainer

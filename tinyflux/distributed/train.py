@@ -74,6 +74,8 @@ class WorkersConfig:
         num_workers: processes, each with its share of every batch.
         min_workers: go on with fewer, down to this, while the cluster has no room for all, and
             with more again when it has; None waits for all of them.
+        resize_seconds: with ``min_workers``, how often to look for room for more workers; each
+            change of their number goes back to the latest checkpoint.
         cpus_per_worker: Ray CPUs, and threads, of each.
         use_gpu: give each worker a GPU.
         engine: ``"deepspeed"``, or ``"torch"`` for plain data parallelism.
@@ -88,6 +90,7 @@ class WorkersConfig:
 
     num_workers: int = 1
     min_workers: int | None = None
+    resize_seconds: float = 60.0
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
     engine: str = "deepspeed"
@@ -255,14 +258,18 @@ def _fit(job: _Job) -> None:
         storage, filesystem = f"{folder.root}/ray", folder.filesystem
     else:
         storage, filesystem = str(job.root / "ray"), None
+    size: dict[str, Any] = {"num_workers": workers.num_workers}
+    if workers.min_workers is not None:
+        size = {
+            "num_workers": (workers.min_workers, workers.num_workers),
+            "elastic_resize_monitor_interval_s": workers.resize_seconds,
+        }
     trainer = TorchTrainer(
         _worker,
         train_loop_config=to_dict(job),
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.num_workers
-            if workers.min_workers is None
-            else (workers.min_workers, workers.num_workers),
+            **size,
             use_gpu=workers.use_gpu,
             resources_per_worker={
                 "CPU": workers.cpus_per_worker,
