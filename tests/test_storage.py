@@ -49,6 +49,7 @@ def folder(request, tmp_path):
 
 def test_a_folder_keeps_whole_files_by_path(folder):
     assert folder.list() == {}
+    assert folder.names() == set()
     assert folder.size("a/b.txt") is None
     with pytest.raises(FileNotFoundError):
         folder.read("a/b.txt")
@@ -57,6 +58,7 @@ def test_a_folder_keeps_whole_files_by_path(folder):
     folder.write("empty", b"")
     assert folder.read("a/b.txt") == b"second time"
     assert folder.list() == {"a/b.txt": 11, "empty": 0}
+    assert folder.names() == {"a", "empty"}
     assert folder.list("a") == {"a/b.txt": 11}
     assert folder.list("none") == {}
     assert folder.size("a") is None
@@ -171,6 +173,7 @@ def test_a_mirror_uploads_what_is_new_marks_last_and_prunes(s3, tmp_path, monkey
     folder, root = RemoteFolder(s3), tmp_path / "run"
     mirror = Mirror(folder, root, {"step": 2})
     folder.write("metrics.jsonl", b"from an earlier process\n")
+    folder.write("drawn/00000.png", b"one of millions")
     for step in (1, 2, 3):
         for name in ("model.safetensors", "trainer_state.json"):
             folder.write(f"checkpoints/step_{step}/{name}", b"old")

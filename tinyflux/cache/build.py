@@ -227,7 +227,7 @@ def claim(store: Store) -> Iterator[None]:
             f"'{store.location}' holds a dataset that no build job made: use another cache.path"
         )
     if store.size(BUILD_MARK) is None:
-        if any(not path.startswith(f".{BUILD_MARK}.") for path in store.list()):
+        if any(not name.startswith(f".{BUILD_MARK}.") for name in store.names()):
             raise CacheError(
                 f"cache.path '{store.location}' holds other files and no cache: name a new or "
                 f"empty directory"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
-from tinyflux.cache.shards import ShardReader, read_null_text
+from tinyflux.cache.shards import SHARD_FOLDER, ShardReader, read_null_text
 from tinyflux.cache.store import open_store
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
@@ -33,9 +33,10 @@ class CachedDataset:
         self.path = str(path)
         self._store = open_store(path)
         self.manifest = Manifest.load(self._store)
-        sizes = self._store.list() if check_files else {}
+        sizes = self._store.list(SHARD_FOLDER) if check_files else {}
         for file in self.manifest.files if check_files else ():
-            if sizes.get(file.path) != file.bytes:
+            size = sizes[file.path] if file.path in sizes else self._store.size(file.path)
+            if size != file.bytes:
                 raise CacheError(
                     f"the cache '{self.path}' is damaged: '{file.path}' is missing or not "
                     f"{file.bytes} bytes long; `tinyflux cache repair` makes it again"

@@ -50,9 +50,10 @@ class FormerRows:
         """A list of the shard's samples; any will do: they differ in where the pictures lie."""
         if self._lists is None:
             paths = sorted(self._store.list(SHARD_FOLDER), reverse=True)
-            names = [path.removeprefix(f"{SHARD_FOLDER}/").split(".") for path in paths]
             self._lists = {
-                name[0]: path for name, path in zip(names, paths, strict=True) if name[1] == ROWS
+                path.removeprefix(f"{SHARD_FOLDER}/").split(".")[0]: path
+                for path in paths
+                if f".{ROWS}." in path
             }
         return self._lists.get(shard)
 

@@ -35,6 +35,10 @@ class Folder(Protocol):
         """Every file below ``folder`` with its size, by path."""
         ...
 
+    def names(self) -> set[str]:
+        """What lies in it directly, folders too."""
+        ...
+
     def delete(self, path: str) -> None:
         """Remove a file that may be there."""
         ...
@@ -75,6 +79,10 @@ class LocalFolder:
                 if (size := self.size(path)) is not None:
                     found[path] = size
         return found
+
+    def names(self) -> set[str]:
+        """See :meth:`Folder.names`."""
+        return set(os.listdir(self.directory)) if self.directory.exists() else set()
 
     def delete(self, path: str) -> None:
         """See :meth:`Folder.delete`."""

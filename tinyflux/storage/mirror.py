@@ -14,7 +14,8 @@ from tinyflux.storage.remote import RemoteFolder, is_url
 CHECKPOINTS = "checkpoints"
 # They say that what lies beside them is whole, so they come last and go first.
 MARKS = ("trainer_state.json", "training.json")
-_NOT_KEPT = ("ray",)  # Ray Train's own
+# Ray Train's own, and `tinyflux sample`'s, which may be millions of files.
+_NOT_MIRRORED = ("ray", "drawn")
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Mirror:
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir(parents=True)
         for path in self.folder.list():
-            if path.split("/", 1)[0] in (CHECKPOINTS, *_NOT_KEPT):
+            if path.split("/", 1)[0] in (CHECKPOINTS, *_NOT_MIRRORED):
                 continue
             target = self.root / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class Mirror:
                  if path.is_file()]  # fmt: skip
         for path in sorted(paths, key=_turn):
             parts = path.split("/")
-            if parts[0] in _NOT_KEPT or any(part.startswith(".") for part in parts):
+            if parts[0] in _NOT_MIRRORED or any(part.startswith(".") for part in parts):
                 continue
             try:
                 state = _state(self.root / path)

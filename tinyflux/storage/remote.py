@@ -139,6 +139,14 @@ class RemoteFolder:
         found = self._try(f"list {folder or 'it'}", lambda: self.filesystem.get_file_info(selector))
         return {info.path[len(self.root) + 1 :]: info for info in found if info.is_file}
 
+    def names(self) -> set[str]:
+        """See :meth:`Folder.names`."""
+        selector = fs.FileSelector(self.root, allow_not_found=True)
+        return {
+            info.base_name
+            for info in self._try("list it", lambda: self.filesystem.get_file_info(selector))
+        }
+
     def delete(self, path: str) -> None:
         """See :meth:`Folder.delete`."""
 
