@@ -20,6 +20,7 @@ from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config
 from tinyflux.errors import CacheError, ConfigError, StorageError
+from tinyflux.serving.weights import signature
 from tinyflux.storage import copies, remote
 from tinyflux.storage.copies import copy_of, fetch
 from tinyflux.storage.mirror import Mirror, working_copy
@@ -167,6 +168,18 @@ def test_a_folder_that_changed_is_fetched_again(s3):
     folder.write("model.safetensors", b"other")
     assert (Path(fetch(s3, ("model.safetensors",))) / "model.safetensors").read_bytes() == b"other"
     assert fetch("/a/path") == "/a/path"
+
+
+def test_a_served_checkpoint_at_a_url_is_known_by_its_weights(s3):
+    folder = RemoteFolder(s3)
+    assert signature(s3) is None
+    folder.write("model.safetensors", b"one")
+    first = signature(s3)
+    folder.write("config.json", b"{}")
+    assert first is not None
+    assert signature(s3) == first
+    folder.write("model.safetensors", b"others")
+    assert signature(s3) != first
 
 
 def test_a_mirror_uploads_what_is_new_marks_last_and_prunes(s3, tmp_path, monkeypatch):

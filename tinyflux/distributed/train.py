@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,7 +164,7 @@ class _Job:
     zoo: ZooConfig
     attempt: str
 
-    @property
+    @cached_property
     def folder(self) -> Folder:
         """The run's, at its path or URL."""
         return open_folder(self.run_dir)

@@ -188,6 +188,7 @@ class _Drawer:
         self._config = from_dict(SampleConfig, config, "the sample config")
         self._zoo, self._weights = from_dict(ZooConfig, zoo, "the zoo config"), weights
         self._sampler: Sampler | None = None
+        self._output = open_folder(str(self._config.output_dir))
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         try:
@@ -219,9 +220,7 @@ class _Drawer:
             if place in batch.missing:
                 note = PngInfo()
                 note.add_text("tinyflux", _settings(wish, self._weights))
-                open_folder(str(self._config.output_dir)).write(
-                    _name(place), png_bytes(image, note)
-                )
+                self._output.write(_name(place), png_bytes(image, note))
         return len(batch.missing)
 
 

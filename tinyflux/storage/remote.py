@@ -25,7 +25,10 @@ TRIES, FIRST_PAUSE = 5, 1.0  # each pause is twice the one before; S3's client t
 PIECE = 16 * 2**20
 # Stores in which an upload appears when it is complete; elsewhere a rename makes it so.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
-_FINAL = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+_FINAL = (
+    "ACCESS_DENIED", "NO_SUCH_BUCKET", "' not found", "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,11 +87,12 @@ class RemoteFolder:
 
     def __init__(self, location: str):
         self.location = location
-        try:
-            self.filesystem, self.root = open_filesystem(location)
-        except (OSError, ValueError, ImportError) as error:
+        check_url(location)
+        try:  # some clients ask their storage where it is
+            opened = self._try("open it", lambda: open_filesystem(location))
+        except (FileNotFoundError, ValueError, ImportError) as error:
             raise ConfigError(f"'{location}' cannot be opened: {error!s:.200}") from error
-        self.root = self.root.rstrip("/")
+        self.filesystem, self.root = opened[0], opened[1].rstrip("/")
         self.name = posixpath.basename(self.root)
 
     def read(self, path: str) -> bytes:
