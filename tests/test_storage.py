@@ -87,13 +87,8 @@ def test_storage_that_stays_away_is_one_sentence_and_the_old_file_stays(server, 
     folder.write("file", b"old")
     server.wire.cut()
     try:
-        for work in (
-            lambda: folder.write("file", b"new"),
-            lambda: folder.read("file"),
-            folder.list,
-        ):
-            with pytest.raises(StorageError, match="see that the storage can be reached"):
-                work()
+        with pytest.raises(StorageError, match="see that the storage can be reached"):
+            folder.write("file", b"new")
     finally:
         server.wire.mend()
     assert folder.read("file") == b"old"
