@@ -57,7 +57,8 @@ class Cluster:
     def wait_until_up(self) -> None:
         def up() -> bool:
             assert self._head.poll() is None, self._log.read_text()
-            return answers(f"{self.address}/api/jobs/")
+            # Processes that start 30 s before the agent that takes their figures send none, ever.
+            return answers(f"{self.address}/api/jobs/") and answers(self.metrics)
 
         wait_for(up, 120)
 

@@ -42,7 +42,7 @@ class Server:
         return self.http.post("/generate", json={"prompt": "red circle", **body})
 
     def metrics(self):
-        return httpx.get(self.cluster.metrics).text
+        return httpx.get(self.cluster.metrics, timeout=30).text
 
     def replica(self, model="tinyflux"):
         """What the model's one replica last said of itself."""
@@ -372,26 +372,30 @@ def test_a_replica_whose_engine_broke_is_replaced_and_its_pictures_are_drawn(ser
 
 
 def test_ray_has_the_figures(server):
-    assert server.draw(num_steps="many").status_code == 422
     body = {"prompt": "red circle", "num_steps": 8, "preview_every": 2}
-    answer = server.http.post("/generate", json=body, headers={"Accept": "text/event-stream"})
-    assert "event: finished" in answer.text, answer.text
-    wanted = [
+    missing = {
         *(f"ray_tinyflux_serve_{name}{{" for name in (
             "queue_length", "batch_size", "step_seconds", "cached_prompts", "steps_total",
         )),
-        *('tinyflux_serve_requests_total', 'route="/generate"', 'status="422"'),
+        'tinyflux_serve_requests_total', 'route="/generate"', 'status="422"',
         'ray_tinyflux_serve_latency_seconds_bucket{',
         'ray_tinyflux_serve_first_preview_seconds_bucket{', 'size="16"',
-    ]  # fmt: skip
+    }  # fmt: skip
 
-    def missing():
-        told = server.metrics()
-        return [part for part in wanted if part not in told]
+    # Ray sends a figure's changes once, loses them when its agent is slow to answer, and shows a
+    # gauge for two reports only: on a busy machine no single page of figures need have them all.
+    def asked_and_all_seen():
+        assert server.draw(num_steps="many").status_code == 422
+        drawn = server.http.post("/generate", json=body, headers={"Accept": "text/event-stream"})
+        assert drawn.status_code == 200, drawn.text
+        page = server.metrics()
+        missing.difference_update([part for part in missing if part in page])
+        return not missing
 
-    with contextlib.suppress(AssertionError):
-        wait_for(lambda: not missing(), 60)
-    assert missing() == []
+    try:
+        wait_for(asked_and_all_seen, 60)
+    except AssertionError as error:
+        raise AssertionError(f"Ray never showed {sorted(missing)}") from error
 
 
 def test_prompts_and_keys_are_not_logged(server):

@@ -72,6 +72,10 @@ def test_the_single_checkpoint_is_the_default_model():
         served_models(ServeConfig(models={"../b": "b"}))
     with pytest.raises(ConfigError, match=r"serve\.min_replicas 3"):
         build_app(ServeConfig(checkpoint="a", min_replicas=3), ZooConfig())
+    for name in ("scale_up_seconds", "scale_down_seconds"):
+        config = ServeConfig(checkpoint="a", max_replicas=2, **{name: -1.0})
+        with pytest.raises(ConfigError, match=rf"serve\.{name} must be 0 or more, not -1\.0"):
+            build_app(config, ZooConfig())
 
 
 def asked(config, client, path="/healthz"):

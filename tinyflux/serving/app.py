@@ -115,6 +115,9 @@ def _scale(config: ServeConfig) -> dict[str, Any]:
         )
     if config.min_replicas == config.max_replicas:
         return {"num_replicas": config.min_replicas}
+    for name in ("scale_up_seconds", "scale_down_seconds"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"serve.{name} must be 0 or more, not {getattr(config, name)}")
     return {
         "autoscaling_config": {
             "min_replicas": config.min_replicas,
