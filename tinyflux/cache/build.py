@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +51,6 @@ from tinyflux.util.config import from_dict, to_dict
 
 MAKERS_NAME, REJECTED_NAME = "makers.json", "rejected.parquet"
 MEASURED_BATCHES = 4
-RECEIPT_READERS = 16
 
 Receipts = dict[tuple[str, str], Receipt]  # by shard and group
 
@@ -349,20 +347,14 @@ def read_receipts(
 ) -> Receipts:
     """Those of the planned files that are there."""
     there = store.list(RECEIPT_FOLDER)
-    wanted = [
+    wanted = (
         (shard.name, group, maker)
         for shard in planned
         for group, maker in makers.items()
         if receipt_path(shard.name, group, maker) in there
-    ]
-    # In threads, because over a network each takes a while.
-    with ThreadPoolExecutor(RECEIPT_READERS) as pool:
-        receipts = pool.map(lambda one: read_receipt(store, *one), wanted)
-        return {
-            (shard, group): receipt
-            for (shard, group, _), receipt in zip(wanted, receipts, strict=True)
-            if receipt is not None
-        }
+    )
+    receipts = store.each(lambda one: read_receipt(store, *one), wanted)
+    return {(found.shard, found.group): found for found in receipts if found is not None}
 
 
 def describe_tasks(

@@ -4,11 +4,12 @@ Each file appears whole or not at all, and the manifest, written last, says what
 """
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.errors import CacheError
@@ -16,7 +17,10 @@ from tinyflux.storage.copies import copy_of
 from tinyflux.storage.folder import Folder, LocalFolder
 from tinyflux.storage.remote import RemoteFolder, is_url
 
-DOWNLOADS = 8  # at once
+AT_ONCE = 16  # requests to a storage that answers each after a while
+CHUNK = 1024
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Store(Folder, Protocol):
@@ -24,6 +28,10 @@ class Store(Folder, Protocol):
 
     def local(self, files: Sequence[FileInfo]) -> list[Path]:
         """The files on this machine's disk, whole, to be read by memory map."""
+        ...
+
+    def each(self, work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        """``work`` of every item, in order; side by side where each waits for the storage."""
         ...
 
     @contextmanager
@@ -38,6 +46,10 @@ class LocalStore(LocalFolder):
     def local(self, files: Sequence[FileInfo]) -> list[Path]:
         """See :meth:`Store.local`."""
         return [self.directory / file.path for file in files]
+
+    def each(self, work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        """See :meth:`Store.each`."""
+        return map(work, items)
 
     @contextmanager
     def held(self, mark: str) -> Iterator[None]:
@@ -59,10 +71,14 @@ class RemoteStore(RemoteFolder):
 
     def local(self, files: Sequence[FileInfo]) -> list[Path]:
         """See :meth:`Store.local`."""
-        if len(files) == 1:
-            return [self._copy(files[0])]
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            return list(pool.map(self._copy, files))
+        return list(self.each(self._copy, files))
+
+    def each(self, work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        """See :meth:`Store.each`."""
+        left = iter(items)
+        while chunk := list(islice(left, CHUNK)):
+            with ThreadPoolExecutor(min(AT_ONCE, len(chunk))) as pool:
+                yield from pool.map(work, chunk)
 
     def _copy(self, file: FileInfo) -> Path:
         return copy_of(self, file.path, file.bytes, file.sha256)
