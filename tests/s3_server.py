@@ -1,7 +1,4 @@
-"""A real S3 server on loopback (moto's), behind a wire that a test can cut.
-
-moto is the server that a package registry has: MinIO, SeaweedFS and Garage are not there.
-"""
+"""An S3 server on loopback (moto's, because pip installs it), behind a wire that a test can cut."""
 
 import contextlib
 import os
