@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinyflux.model.zoo import resolve_device
 from tinyflux.trainer.evaluation import Evaluation, Evaluator, Look
+from tinyflux.util.text import last_line
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ class Beside:
                 done.append(ray.get(answer))
             except ray.exceptions.RayError as error:
                 # Training is worth more than one figure.
-                reason = str(error).strip().splitlines()[-1]
-                logger.warning("the weights of step %d could not be looked at: %s", step, reason)
+                logger.warning(
+                    "the weights of step %d could not be looked at: %s", step, last_line(error)
+                )
         return done
 
 

@@ -60,6 +60,7 @@ from tinyflux.trainer.trackers import check_trackers
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import from_dict, nearest, to_dict
 from tinyflux.util.files import atomic_write, full_disk_ends_run
+from tinyflux.util.text import last_line
 
 ENGINES = ("deepspeed", "torch")
 FINISHED = "training.json"  # in final/, written last
@@ -286,10 +287,9 @@ def _fit(job: _Job) -> None:
     try:
         trainer.fit()
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise TrainingError(
             f"training in {job.run_dir} stopped after {workers.max_failures} restarts: "
-            f"{type(error).__name__}: {reason[-1] if reason else 'no reason given'}"
+            f"{type(error).__name__}: {last_line(error)}"
         ) from error
 
 

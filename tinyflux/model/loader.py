@@ -17,6 +17,7 @@ from tinyflux.errors import CheckpointError, ConfigError, HubError
 from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import resolve_device
 from tinyflux.util.files import atomic_write
+from tinyflux.util.text import first_line
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # What torch.compile and data-parallel wrappers put before a name.
@@ -117,10 +118,9 @@ def _locate(source: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, subfolder=subfolder or None))
     except Exception as error:  # hub, network and validation errors have no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise HubError(
             f"there is no '{source}' on this machine, and {name} cannot be fetched from the hub "
-            f"repository '{repo}' (is the network reachable?): {reason:.200}"
+            f"repository '{repo}' (is the network reachable?): {first_line(error):.200}"
         ) from error
 
 
@@ -132,9 +132,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             data = load_file(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"'{path}' is not a checkpoint that can be read: {reason:.200}"
+            f"'{path}' is not a checkpoint that can be read: {first_line(error):.200}"
         ) from error
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
         data = data["model"]

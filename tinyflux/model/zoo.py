@@ -30,6 +30,7 @@ from tinyflux.errors import ConfigError, HubError, InputError
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.text import t5_embeddings
 from tinyflux.util.config import nearest
+from tinyflux.util.text import first_line
 
 T = TypeVar("T")
 
@@ -401,10 +402,9 @@ def _pretrained(cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | N
     try:
         return cls.from_pretrained(repo, **options)
     except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         kind = "directory" if local else "hub repository (is the network reachable?)"
         raise HubError(
-            f"{cls.__name__} cannot be loaded from '{place}', a {kind}: {reason:.200}"
+            f"{cls.__name__} cannot be loaded from '{place}', a {kind}: {first_line(error):.200}"
         ) from error
 
 
@@ -432,10 +432,9 @@ def _open_teacher(
         try:
             path = Path(hf_hub_download(repo, filename))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
             raise HubError(
                 f"'{filename}' cannot be fetched from the hub repository '{repo}' (is the network "
-                f"reachable?): {reason:.200}"
+                f"reachable?): {first_line(error):.200}"
             ) from error
     beside = path.with_name("config.json")
     config = UNet2DConditionModel.load_config(str(beside)) if beside.is_file() else _SD15_UNET

@@ -18,7 +18,7 @@ from tinyflux.distributed.data import read_held_out
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import resolve_device
+from tinyflux.model.zoo import ModelZoo, resolve_device
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.storage.mirror import working_copy
 from tinyflux.storage.remote import join
@@ -84,7 +84,7 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
         "weights": hashlib.sha256((run_dir / "final" / WEIGHTS_NAME).read_bytes()).hexdigest(),
         "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
         "nearest": _draw(
-            run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])], device
+            run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])]
         ),
     }
     if held_out_rows.any():
@@ -109,7 +109,6 @@ def _draw(
     models: dict[str, TinyFluxDeep],
     data: CachedDataset,
     trained_on: np.ndarray,
-    device: torch.device,
 ) -> dict[str, Any]:
     """Pictures for captions of the training data, and how many are nearest to their own picture.
 
@@ -124,33 +123,47 @@ def _draw(
     zoo = run.zoo.build(run.model)
     shift = run.model.latent_shift
     references = zoo.decode_latents(data.read(chosen)["latents"], shift=shift).cpu()
-    shares: dict[str, Any] = {}
-    for name, model in models.items():
-        sampler = Sampler(zoo, model, device=device, dtype=torch.float32)
-        drawn = sampler.generate(
-            prompts,
-            num_steps=run.sample.num_steps,
-            guidance_scale=run.sample.guidance_scale,
-            height=height,
-            width=width,
-            seed=run.sample.seed,
-            negative_prompt=run.sample.negative_prompt,
-        ).cpu()
-        shares[name] = nearest_share(drawn, references)
+    drawn = {
+        name: _drawn(run, zoo, model, prompts, (height, width)) for name, model in models.items()
+    }
+    shares = {name: nearest_share(images, references) for name, images in drawn.items()}
+    for name, share in shares.items():
         print(
-            f"{name}: {shares[name]['top1']:.0%} of {len(prompts)} pictures are nearest to their "
-            f"own caption's picture, {shares[name]['top5']:.0%} among the five nearest",
+            f"{name}: {share['top1']:.0%} of {len(prompts)} pictures are nearest to their "
+            f"own caption's picture, {share['top5']:.0%} among the five nearest",
             flush=True,
         )
     output = run_dir / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for index, (prompt, image, wanted) in enumerate(zip(prompts, drawn, references, strict=True)):
+    shown = zip(prompts, drawn["trained"], references, strict=True)
+    for index, (prompt, image, wanted) in enumerate(shown):
         names = {"picture": f"{index:03d}.png", "reference": f"{index:03d}.data.png"}
         atomic_write(output / names["picture"], png_bytes(image))
         atomic_write(output / names["reference"], png_bytes(wanted))
         pictures.append({"prompt": prompt, **names})
     return {"count": len(prompts), **shares, "pictures": pictures}
+
+
+def _drawn(
+    run: RunConfig,
+    zoo: ModelZoo,
+    model: TinyFluxDeep,
+    prompts: list[str],
+    grid: tuple[int, int],
+) -> Tensor:
+    """Pictures of the prompts as ``run.sample`` says, ``grid`` latents high and wide."""
+    device = next(model.parameters()).device
+    sampler = Sampler(zoo, model, device=device, dtype=torch.float32)
+    return sampler.generate(
+        prompts,
+        num_steps=run.sample.num_steps,
+        guidance_scale=run.sample.guidance_scale,
+        height=grid[0],
+        width=grid[1],
+        seed=run.sample.seed,
+        negative_prompt=run.sample.negative_prompt,
+    ).cpu()
 
 
 def _sizes(data: CachedDataset, chosen: np.ndarray) -> dict[tuple[int, int], list[int]]:

@@ -24,6 +24,7 @@ from tinyflux.serving.engine import ImageEngine, ServeConfig
 from tinyflux.serving.keys import check_exposure, read_keys
 from tinyflux.serving.painter import Painter
 from tinyflux.serving.studio import Studio
+from tinyflux.util.text import last_line
 
 APP_NAME = "tinyflux"
 # Engines refuse what they have no room for, so nothing may wait where it cannot be refused.
@@ -158,8 +159,7 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
         print("serving ends", flush=True)
         serve.delete(APP_NAME)  # drains; shutdown alone would cut requests off
     except (RuntimeError, OSError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise TinyFluxError(f"the server could not start: {reason}") from error
+        raise TinyFluxError(f"the server could not start: {last_line(error)}") from error
     finally:
         serve.shutdown()
         ray.shutdown()

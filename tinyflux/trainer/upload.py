@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from queue import SimpleQueue
 
+from tinyflux.util.text import first_line
+
 logger = logging.getLogger(__name__)
 
 # Of a checkpoint: what makes it a model. The optimizer's state is the run's own.
@@ -80,11 +82,10 @@ class Uploader:
             except Exception as error:  # the hub's, the network's and files' have no common base
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 refused = status is not None and status < 500 and status not in _PASSING
-                reason = str(error).strip().splitlines()
                 if refused or attempt == TRIES or self._ended.is_set():
                     logger.warning(
                         "upload of %s to %s failed (try %d): %s",
-                        what, self.repo_id, attempt, reason[0] if reason else repr(error),
+                        what, self.repo_id, attempt, first_line(error),
                     )  # fmt: skip
                     break
                 self._ended.wait(min(self._pause * 2 ** (attempt - 1), LONGEST_PAUSE))
