@@ -7,7 +7,8 @@ architecture, the first weights, the batches, the times and the noise of a seed 
 every arm. Then prints the velocity loss of pictures that no arm trained on against the step: means
 over seeds, and the mean of the differences to ``none`` within a seed with its 95% t-interval. The
 student is validated as it is used, with no teacher at hand; "teachers seen" is the same loss, of
-the EMA weights, with the teachers' true features put in, which no prompt can bring.
+the EMA weights, with the teachers' true features put in, which no prompt can bring. The last loss
+is also given by time.
 
 Settings are the demo's (configs/demo.yaml). ``--set`` changes any of them:
 ``--set trainer.lune_dropout=1``; a setting of a teacher that an arm has not is left alone there.
@@ -179,22 +180,34 @@ def _train(
     curve = {record.pop("step"): record for record in records}
     ema.copy_to(model)
     last = curve[config.total_steps]
-    last["seen"] = teachers_seen(model, held_out, config, dataset.t_buckets)
+    used = (model, held_out, config, dataset.t_buckets)
+    last["seen"] = statistics.fmean(losses_by_time(*used, teachers_seen=True))
+    # The mean of these is the last val_velocity_ema.
+    by_time = losses_by_time(*used, teachers_seen=False)
+    last |= {f"t={t:.4f}": loss for t, loss in zip(TIMES, by_time, strict=True)}
     last |= gates(model)
     return curve
 
 
 @torch.no_grad()
-def teachers_seen(
-    model: TinyFluxDeep, held_out: HeldOut, config: TrainerConfig, t_buckets: torch.Tensor
-) -> float:
-    """The held-out velocity loss if the student were given its teachers' true features."""
+def losses_by_time(
+    model: TinyFluxDeep,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    t_buckets: torch.Tensor,
+    teachers_seen: bool,
+) -> list[float]:
+    """The held-out velocity loss at each of validation's times, noise first.
+
+    Args:
+        teachers_seen: give the student its teachers' true features; otherwise it is as in use.
+    """
     model.eval()
-    losses: list[float] = []
-    weights: list[int] = []
+    sums, count = [0.0] * len(TIMES), 0
     for batch, keys in zip(held_out.batches, held_out.keys, strict=True):
         data, size = batch.latents.float(), len(batch)
-        keep = torch.ones(size, dtype=torch.bool)
+        keep = torch.full((size,), teachers_seen)
+        count += size
         for index, time_ in enumerate(TIMES):
             noise = torch.stack([randn_for(data.shape[1:], "validation", k, index) for k in keys])
             t = torch.full((size,), time_)
@@ -209,9 +222,8 @@ def teachers_seen(
                 grid=batch.grid,
             )
             target = tokens(flow_velocity(data, noise))
-            losses.append(compute_main_loss(pred, target, use_huber=False).item())
-            weights.append(size)
-    return sum(map(math.prod, zip(losses, weights, strict=True))) / sum(weights)
+            sums[index] += compute_main_loss(pred, target, use_huber=False).item() * size
+    return [total / count for total in sums]
 
 
 def gates(model: TinyFluxDeep) -> dict[str, float]:
@@ -275,6 +287,8 @@ def print_tables(found: dict[str, Any], curves: dict[str, list[Curve]]) -> None:
             f"Lune's gate {figures['lune_gate']:.3f}  Sol's share {figures['sol_share']:.3f}  "
             + "  ".join(f"{n} {figures[n]:.4f}" for n in ("val_lune", "val_sol") if n in figures)
         )
+        by_time = (f"{n} {loss:.3f}" for n, loss in figures.items() if n.startswith("t="))
+        print(f"{'':>7}  not seen, by time: {'  '.join(by_time)}")
 
 
 def main() -> None:

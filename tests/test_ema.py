@@ -43,6 +43,18 @@ def test_update_follows_the_formula():
     assert ema.shadow["count"] == 1
 
 
+def test_an_update_may_have_a_decay_of_its_own():
+    model = Net()
+    ema, start = EMA(model, 0.9), snapshot(model)
+    change(model)
+    ema.update(model, decay=0.25)
+    torch.testing.assert_close(
+        ema.shadow["body.weight"],
+        0.25 * start["body.weight"] + 0.75 * model.body.weight.detach(),
+    )
+    assert ema.decay == 0.9  # that of the next update, and what is saved
+
+
 def test_a_constant_model_is_its_own_average():
     model = Net()
     ema = EMA(model, 0.5)

@@ -21,6 +21,7 @@ from tinyflux.trainer.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
+from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
@@ -141,6 +142,52 @@ def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimi
     assert torch.equal(shadow(second), shadow(straight))
     steps = [r["step"] for r in read_metrics(tmp_path / "b" / "logs" / "metrics.jsonl")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_ema_warms_up_unless_it_is_told_not_to(tmp_path, warmup):
+    trainer = make_trainer(tmp_path, total_steps=6, ema_decay=0.3, ema_warmup=warmup)
+    by_hand = EMA(trainer.model, 0.3)
+
+    def data():
+        for step, item in enumerate(trainer._steps(9)):
+            yield item
+            # The loop asks for the next step's data when it is done with this one.
+            by_hand.update(trainer.model, min(0.3, (1 + step) / (10 + step)) if warmup else None)
+
+    trainer._loop.run(data())
+    # The last step is followed by no question for data.
+    by_hand.update(trainer.model, 0.3)
+    assert trainer.current_step == 6
+    assert all(torch.equal(trainer.ema.shadow[n], by_hand.shadow[n]) for n in by_hand.shadow)
+
+
+def test_a_short_run_delivers_no_random_start(tmp_path):
+    """At 0.9999 an EMA that does not warm up is still 99.8% the first weights after 20 steps."""
+    trainer = make_trainer(tmp_path, total_steps=20, ema_decay=0.9999)
+    start = shadow(trainer)
+    trainer.train(epochs=99)
+    left = (shadow(trainer) - weights(trainer)).norm() / (start - weights(trainer)).norm()
+    assert left < 0.5
+    path = tmp_path / "saved"
+    trainer.save_checkpoint(str(path))
+    assert EMA.load(path / "ema.safetensors", trainer.model).decay == 0.9999
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_ema_warms_up_alike_across_a_resume(tmp_path, warmup):
+    constant = {"lr_scheduler": "constant", "ema_decay": 0.4, "ema_warmup": warmup}
+    straight = make_trainer(tmp_path / "a", total_steps=9, **constant)
+    straight.train(epochs=9)
+    make_trainer(tmp_path / "b", total_steps=5, save_every_steps=2, **constant).train(epochs=9)
+    # Once from inside the warm-up, which ends with step 5, and once from its end.
+    for step in (2, 5):
+        resumed = make_trainer(tmp_path / "b", total_steps=9, **constant)
+        resumed.load_checkpoint(str(tmp_path / "b" / "checkpoints" / f"step_{step:08d}"))
+        resumed.train(epochs=9)
+        assert resumed.current_step == 9
+        assert torch.equal(weights(resumed), weights(straight))
+        assert torch.equal(shadow(resumed), shadow(straight))
 
 
 def test_checkpoints_are_pruned_and_the_latest_is_found(tmp_path):

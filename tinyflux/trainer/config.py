@@ -110,6 +110,7 @@ class TrainerConfig:
     sample_width: int | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # also "wandb", "mlflow"
     tracker_project: str = "tinyflux"
+    ema_warmup: bool = True  # let the EMA's decay rise to ema_decay; see ema_decay_at
     shift_tokens: int | None = None  # latents of a picture at which `shift` holds; None: of all
     async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
     max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
@@ -194,3 +195,14 @@ class TrainerConfig:
             schedule = cosine_schedule if self.lr_scheduler == "cosine" else linear_decay
             factor = schedule(step, self.total_steps, self.warmup_steps, floor, self.warmup_type)
         return self.learning_rate * factor
+
+    def ema_decay_at(self, step: int) -> float:
+        """The EMA's decay in optimizer step ``step``, counted from 0.
+
+        With a warm-up it is ``min(ema_decay, (1 + step) / (10 + step))``: the average reaches over
+        about the last tenth of the steps done until that is as far as ``ema_decay`` reaches.
+        Without one, ``ema_decay ** n`` of the average after n steps is the random first weights.
+        """
+        if not self.ema_warmup:
+            return self.ema_decay
+        return min(self.ema_decay, (1 + step) / (10 + step))

@@ -45,8 +45,12 @@ class EMA:
         self._backup: dict[str, Tensor] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        """Move the shadow towards the model's weights."""
+    def update(self, model: nn.Module | Mapping[str, Tensor], decay: float | None = None) -> None:
+        """Move the shadow towards the model's weights.
+
+        Args:
+            decay: of this update alone, as in a warm-up; left out, :attr:`decay`.
+        """
         averaged: list[Tensor] = []
         weights: list[Tensor] = []
         everything = isinstance(model, Mapping)
@@ -58,7 +62,7 @@ class EMA:
             else:
                 shadow.copy_(tensor)
         if averaged:
-            torch._foreach_lerp_(averaged, weights, 1 - self.decay)
+            torch._foreach_lerp_(averaged, weights, 1 - (self.decay if decay is None else decay))
 
     @torch.no_grad()
     def apply_shadow(self, model: nn.Module) -> None:

@@ -196,7 +196,7 @@ class TrainLoop:
         # A skipped step is no part of the means.
         taken = norm.isfinite()
         self._sums += torch.cat([torch.where(taken, losses, 0.0), taken.reshape(1).float()])
-        self.ema.update(self.engine.shard())
+        self.ema.update(self.engine.shard(), self.config.ema_decay_at(self.state.step))
         return norm
 
     def _after_step(self, item: StepData, norm: Tensor) -> None:
