@@ -62,6 +62,44 @@ def test_min_snr_is_one_near_noise_and_finite_everywhere():
     assert (weights.diff() <= 0).all()
 
 
+@given(st.floats(0.01, 0.99), st.floats(0.1, 20))
+def test_each_min_snr_weight_is_the_same_weight_on_the_data(t, gamma):
+    """Min-SNR weighs the error of the data by ``min(snr, gamma)``, whatever is predicted.
+
+    With ``x = (1 - t) * noise + t * data``, an error e of the velocity is one of ``(1 - t) * e`` of
+    the data and one of ``t * e`` of the noise.
+    """
+    time, error = torch.tensor([t], dtype=torch.float64), 0.7
+    wanted = min((t / (1 - t)) ** 2, gamma) * ((1 - t) * error) ** 2
+    velocity = min_snr_weight(time, gamma, kind="velocity").double() * error**2
+    epsilon = min_snr_weight(time, gamma).double() * (t * error) ** 2
+    assert float(velocity) == pytest.approx(wanted, rel=1e-4)
+    assert float(epsilon) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_velocitys_min_snr_weight_is_largest_where_snr_is_gamma():
+    t = torch.linspace(0, 1, 2001)
+    weights = min_snr_weight(t, 4.0, kind="velocity")
+    assert weights.isfinite().all()
+    assert float(t[weights.argmax()]) == pytest.approx(2 / 3, abs=1e-3)  # t / (1 - t) = 2
+    assert weights[0] == weights[-1] == 0
+    with pytest.raises(ConfigError, match="epsilon, velocity"):
+        min_snr_weight(t, kind="v")
+
+
+def test_huber_learns_the_median_where_the_flow_needs_the_mean():
+    """Targets of one input: 0 three times, 4 once. A small delta finds 0, MSE finds 1."""
+    target = torch.tensor([0.0, 0.0, 0.0, 4.0]).reshape(1, 4, 1)
+    guesses = torch.linspace(-1, 4, 501)
+
+    def best(**options):
+        losses = [compute_main_loss(g.expand(1, 4, 1), target, **options) for g in guesses]
+        return float(guesses[torch.stack(losses).argmin()])
+
+    assert best(use_huber=True, huber_delta=0.1) == pytest.approx(0, abs=0.05)
+    assert best(use_huber=False) == pytest.approx(1, abs=0.02)
+
+
 def test_an_even_spatial_map_changes_nothing():
     pred, target = golden("pred"), golden("target")
     plain = compute_main_loss(pred, target)

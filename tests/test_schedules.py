@@ -27,6 +27,33 @@ def test_unshift_inverts_shift(t, shift):
     torch.testing.assert_close(flux_unshift(flux_shift(t, shift), shift), t)
 
 
+@given(st.floats(0, 1), st.floats(0.1, 10))
+def test_a_shift_of_the_time_is_the_inverse_shift_of_the_noise_level(u, shift):
+    """FLUX shifts the noise level ``1 - t`` by s; of the time t that is a shift by 1/s."""
+    u = torch.tensor(u, dtype=torch.float64)
+    torch.testing.assert_close(1 - flux_shift(1 - u, shift), flux_shift(u, 1 / shift))
+
+
+@pytest.mark.parametrize("logit_normal", [True, False])
+def test_a_shift_above_one_moves_training_times_away_from_noise(logit_normal):
+    noisy = []
+    for shift in (1 / 3, 1.0, 3.0):
+        source = torch.Generator().manual_seed(0)
+        t = sample_timesteps(20_000, "cpu", shift, logit_normal=logit_normal, generator=source)
+        noisy.append(float((t < 0.25).float().mean()))
+    assert noisy[0] > noisy[1] > noisy[2]
+    if logit_normal:  # the defaults
+        assert noisy[2] == pytest.approx(0.0140, abs=0.003)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.floats(0.1, 10), st.floats(0.01, 0.99))
+def test_larger_pictures_get_more_noise(tokens, more, shift, t):
+    time = torch.tensor(t, dtype=torch.float64)
+    small = flux_shift(time, shift_at(shift, tokens, 1024))
+    large = flux_shift(time, shift_at(shift, tokens + more, 1024))
+    assert large < small  # nearer to noise, which is 0
+
+
 def test_shift_keeps_the_ends_and_the_order():
     t = torch.linspace(0, 1, 50)
     shifted = flux_shift(t, 3.0)
@@ -102,6 +129,7 @@ def test_learning_rate_moves_from_the_first_step_to_the_floor():
     ("setting", "sentence"),
     [
         ({"optimizer": "adamv"}, "did you mean 'adamw'"),
+        ({"snr_kind": "velocty"}, "did you mean 'velocity'"),
         ({"lr_scheduler": "cos"}, "choose one of cosine, linear, constant"),
         ({"text_dropout": 1.5}, "text_dropout must be between 0 and 1"),
         ({"total_steps": 0}, "total_steps must be at least 1"),

@@ -121,6 +121,19 @@ def test_draws_depend_on_seed_and_position_only():
     assert not torch.equal(other.noise, alone.noise)
 
 
+def test_draws_stay_what_they_were():
+    """Runs that were begun by an earlier version go on with their times and noise."""
+    draws = Draws.at(7, torch.tensor([3, 8]), (1, 1, 1))
+    for found, expected in (
+        (draws.normal, [0.8947760, 1.2883135]),
+        (draws.noise.flatten(), [1.5627583, 0.1049898]),
+        (draws.text, [0.3103647, 0.9370500]),
+        (draws.teachers, [0.6563007, 0.2221694]),
+    ):
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert draws.dropout.tolist() == [1607702830, 313465270]
+
+
 def test_dropped_captions_become_the_null_caption():
     model, batch = student(), make_batch()
     everything = replace(CONFIG, text_dropout=1.0)
@@ -128,6 +141,56 @@ def test_dropped_captions_become_the_null_caption():
     other = replace(batch, t5_embeds=torch.randn_like(batch.t5_embeds))
     second, _ = loss_and_gradient(model, [other], everything)
     assert torch.equal(first, second)
+
+
+def seen_teachers(batch, config):
+    """Which samples' captions were kept, and which teachers the forward was given, ``[3, B]``."""
+    seen = {}
+
+    def forward(*args, **kwargs):
+        seen["caption"] = (args[1] == batch.t5_embeds).all((1, 2))
+        seen.update(lune=kwargs["lune_mask"], sol=kwargs["sol_mask"])
+        return model(*args, **kwargs)
+
+    model = student()
+    null = (torch.randn(5, 24, generator=torch.Generator().manual_seed(2)), torch.ones(12))
+    loss = training_loss(model, batch, config, 10, null, default_buckets(), velocity=forward)
+    return torch.stack([seen["caption"], seen["lune"], seen["sol"]]), loss
+
+
+def test_conditioning_drops_as_it_is_missing_in_use():
+    batch = make_batch(600, 2, 2)
+    batch.lune_mask = batch.sol_mask = torch.ones(600, dtype=torch.bool)
+    config = replace(CONFIG, text_dropout=0.25, lune_dropout=0.25, sol_dropout=0.25)
+    (caption, lune, sol), _ = seen_teachers(batch, config)
+    assert torch.equal(lune, sol)  # one draw for both
+    assert not lune[~caption].any()  # a dropped caption drops both
+    # The states that sampling is in: a prompt, or none, and never a teacher.
+    assert int((~caption & ~lune).sum()) == pytest.approx(150, abs=35)
+    assert int((caption & ~lune).sum()) == pytest.approx(600 * 0.75 * 0.25, abs=35)
+
+
+def test_each_teacher_keeps_its_own_share():
+    batch = make_batch(600, 2, 2)
+    batch.lune_mask = batch.sol_mask = torch.ones(600, dtype=torch.bool)
+    config = replace(CONFIG, text_dropout=0.0, lune_dropout=0.5, sol_dropout=0.2)
+    (_, lune, sol), _ = seen_teachers(batch, config)
+    assert int(lune.sum()) == pytest.approx(300, abs=45)
+    assert int(sol.sum()) == pytest.approx(480, abs=40)
+    assert sol[lune].all()  # by one draw, whoever is spared the higher share is spared the lower
+    (_, lune, sol), _ = seen_teachers(batch, replace(config, lune_dropout=1.0, sol_dropout=0.0))
+    assert not lune.any()
+    assert sol.all()
+
+
+def test_a_dropped_caption_still_learns_from_its_teachers():
+    batch = make_batch()
+    batch.lune_mask = batch.sol_mask = torch.ones(len(batch), dtype=torch.bool)
+    (_, lune, sol), loss = seen_teachers(batch, replace(CONFIG, text_dropout=1.0))
+    assert not lune.any()
+    assert not sol.any()
+    assert loss.lune > 0
+    assert loss.sol > 0
 
 
 def test_samples_without_a_teacher_do_not_read_its_features():
@@ -184,6 +247,15 @@ def test_teacher_weights_warm_up_in_the_total():
     loss = training_loss(model, batch, config, 1000, None, default_buckets())
     expected = loss.main + config.lune_weight * loss.lune + config.sol_weight * loss.sol
     torch.testing.assert_close(loss.total.detach(), expected)
+
+
+def test_the_velocitys_snr_weight_is_a_setting():
+    model, batch = student(), make_batch()
+    epsilon, _ = loss_and_gradient(model, [batch])
+    velocity, _ = loss_and_gradient(model, [batch], replace(CONFIG, snr_kind="velocity"))
+    assert CONFIG.snr_kind == "epsilon"
+    assert 0 < velocity[1] < epsilon[1]
+    assert torch.equal(velocity[2:], epsilon[2:])
 
 
 def test_tokens_go_row_by_row_and_back():

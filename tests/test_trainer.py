@@ -9,12 +9,18 @@ from itertools import islice
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from tests.test_sampling import FakeZoo
 from tests.test_step import MODEL, make_batch
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer.cache_experts import (
+    DatasetCache,
+    EncodingCache,
+    LuneFeatureCache,
+    MultiSourceCache,
+)
 from tinyflux.trainer.checkpoint import (
     Contents,
     latest_checkpoint,
@@ -28,6 +34,9 @@ from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer, TrainerConfig
 from tinyflux.trainer.validation import HeldOut
 from tinyflux.trainer.writer import BackgroundWriter
+from tinyflux.util.buckets import default_buckets
+
+NULL_TEXT = (torch.zeros(5, 24), torch.zeros(12))
 
 
 class Encodings(Dataset):
@@ -78,7 +87,8 @@ def make_trainer(directory, batch_size=3, **changes):
     torch.manual_seed(0)
     data = Encodings()
     trainer = Trainer(TinyFluxDeep(MODEL), settings(directory, **changes))
-    trainer.setup(DataLoader(data, batch_size, shuffle=True), Features(data.batch))
+    loader = DataLoader(data, batch_size, shuffle=True)
+    trainer.setup(loader, Features(data.batch), null_text=NULL_TEXT)
     return trainer
 
 
@@ -515,9 +525,8 @@ def test_neither_samples_nor_validation_change_training(tmp_path):
     sampler = Sampler(FakeZoo(), watched.model, watched.ema, "cpu", torch.float32)
     batch = make_batch()
     # The null caption would come from the sampler's zoo.
-    null = (torch.zeros(5, 24), torch.zeros(12))
     watched.setup(
-        watched._dataloader, watched._cache, sampler, null, HeldOut([batch[:2]], [["a", "b"]])
+        watched._dataloader, watched._cache, sampler, NULL_TEXT, HeldOut([batch[:2]], [["a", "b"]])
     )
     watched.train(epochs=2)
     assert torch.equal(weights(plain), weights(watched))
@@ -538,7 +547,7 @@ def test_a_model_in_half_precision_is_trained_in_fp32(tmp_path):
 
 
 def test_missing_pieces_are_named(tmp_path, monkeypatch):
-    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path, text_dropout=0.0))
     with pytest.raises(TrainingError, match=r"call Trainer\.setup"):
         trainer.train()
     items = [{"latents": torch.zeros(4, 2, 2)}]
@@ -574,6 +583,103 @@ def test_metrics_survive_a_line_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+def encodings(null=None, size=4):
+    batch = make_batch(size)
+    parts = (batch.latents, batch.t5_embeds, batch.clip_pooled)
+    return EncodingCache(*parts, dtype=torch.float32, null_text=null)
+
+
+def null_of(trainer):
+    """T5 and pooled embeddings that dropped captions are trained on, as one ``[L * D + P]``."""
+    return torch.cat([part.flatten() for part in trainer._loop.null_text])
+
+
+ONES = (torch.ones(5, 24), torch.ones(12))
+TWOS = (2 * ONES[0], 2 * ONES[1])
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        encodings(ONES),
+        Subset(encodings(ONES), [0, 2]),
+        ConcatDataset([encodings(ONES), Subset(encodings(ONES), [1])]),
+        ConcatDataset([Encodings(), encodings(ONES)]),  # the first knows none
+    ],
+    ids=["cache", "subset", "concatenated", "known to one"],
+)
+def test_the_null_caption_is_read_from_the_dataset(tmp_path, dataset):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path, text_dropout=1.0))
+    trainer.setup(DataLoader(dataset, batch_size=2))
+    assert (null_of(trainer) == 1).all()
+    trainer.train()
+    assert trainer.current_step > 0
+
+
+def test_the_null_caption_that_is_given_or_cached_comes_first(tmp_path):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    loader = DataLoader(encodings(ONES), batch_size=2)
+    cache = MultiSourceCache().add(DatasetCache(encodings(TWOS)), 0)
+    trainer.setup(loader, cache)
+    assert (null_of(trainer) == 2).all()
+    trainer.setup(loader, cache, null_text=NULL_TEXT)
+    assert (null_of(trainer) == 0).all()
+
+
+def test_dropped_captions_without_a_null_caption_are_refused(tmp_path):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    for data in (Encodings(), encodings(), Subset(encodings(), [0])):
+        with pytest.raises(InputError, match=r"null_text=.*, or set trainer\.text_dropout to 0"):
+            trainer.setup(DataLoader(data, batch_size=2), Features(make_batch()))
+    two = ConcatDataset([encodings(ONES), encodings(TWOS)])
+    with pytest.raises(InputError, match="datasets hold different embeddings"):
+        trainer.setup(DataLoader(two, batch_size=2))
+    trainer.setup(DataLoader(two, batch_size=2), null_text=ONES)
+    keeps_all = Trainer(TinyFluxDeep(MODEL), settings(tmp_path, text_dropout=0.0))
+    for data in (Encodings(), two):
+        keeps_all.setup(DataLoader(data, batch_size=4))
+        keeps_all.train()
+    assert keeps_all.current_step > 0
+
+
+class Numbered(Dataset):
+    """Encodings that say which dataset they are of."""
+
+    def __init__(self, data, dataset_id):
+        self.data, self.dataset_id = data, dataset_id
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return {**self.data[index], "dataset_id": self.dataset_id}
+
+
+def taught(seed):
+    features = torch.full((4, 10, 20), float(seed))
+    return DatasetCache(encodings(ONES), LuneFeatureCache(features, default_buckets()))
+
+
+def test_samples_of_several_datasets_must_say_of_which_they_are(tmp_path):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    cache = MultiSourceCache().add(taught(1), 0).add(taught(2), 5)
+    mixed = ConcatDataset([encodings(ONES), encodings(ONES)])
+    trainer.setup(DataLoader(mixed, batch_size=4), cache)
+    with pytest.raises(InputError, match=r"no 'dataset_id'.*holds 2 datasets"):
+        trainer.train()
+    numbered = ConcatDataset([Numbered(encodings(ONES), 0), Numbered(encodings(ONES), 5)])
+    trainer.setup(DataLoader(numbered, batch_size=8), cache)
+    (item,) = trainer._steps(1)
+    assert item.micro_batches[0].lune[:, 0, 0].tolist() == [1.0] * 4 + [2.0] * 4
+
+
+def test_the_only_dataset_need_not_be_named_whatever_its_id(tmp_path):
+    trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
+    trainer.setup(DataLoader(encodings(ONES), batch_size=4), MultiSourceCache().add(taught(3), 7))
+    (item,) = trainer._steps(1)
+    assert (item.micro_batches[0].lune == 3).all()
 
 
 @pytest.mark.slow

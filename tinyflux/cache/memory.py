@@ -395,6 +395,11 @@ class MultiSourceCache:
         return self
 
     @property
+    def dataset_ids(self) -> tuple[int, ...]:
+        """The ids of the datasets that were added, in order."""
+        return tuple(self._caches)
+
+    @property
     def t_buckets(self) -> Tensor | None:
         """Times ``[K]`` of all features; None without any."""
         for cache in self._caches.values():

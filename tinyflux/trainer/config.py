@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tinyflux.errors import ConfigError
-from tinyflux.trainer.losses import LUNE_MODES
+from tinyflux.trainer.losses import LUNE_MODES, SNR_KINDS
 from tinyflux.trainer.schedules import constant_with_warmup, cosine_schedule, linear_decay
 from tinyflux.trainer.trackers import PACKAGES
 from tinyflux.util.config import nearest
@@ -44,14 +44,17 @@ class TrainerConfig:
     compile_mode: str | None = None  # "default", "reduce-overhead", "max-autotune"
 
     # Flow matching
+    # Time shift, of times that are 1 at the data: above 1 trains less near noise, below 1 more.
+    # FLUX and SD3 shift the noise level instead; their 3 is 1/3 here.
     shift: float = 3.0
-    logit_normal_sampling: bool = True
+    logit_normal_sampling: bool = True  # else uniform
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
     # Loss
-    use_snr_weighting: bool = True
+    use_snr_weighting: bool = True  # see snr_kind
     snr_gamma: float = 5.0
+    # With a delta under the residuals, which are near 1, a median is learned; a flow needs a mean.
     use_huber_loss: bool = True
     huber_delta: float = 0.1
     use_spatial_weighting: bool = False  # weigh tokens by the Sol teacher's map
@@ -60,13 +63,15 @@ class TrainerConfig:
     enable_lune: bool = True
     lune_weight: float = 0.1
     lune_warmup_steps: int = 1000
-    lune_dropout: float = 0.1  # share of samples whose forward sees no teacher
+    # Share of samples whose forward does not see Lune, as in use. Lune and Sol drop by one draw, so
+    # equal shares drop both together, and a dropped caption drops both.
+    lune_dropout: float = 0.1
     lune_mode: str = "cosine"  # "cosine", "mse", "huber"
 
     enable_sol: bool = True
     sol_weight: float = 0.05
     sol_warmup_steps: int = 2000
-    sol_dropout: float = 0.1
+    sol_dropout: float = 0.1  # as lune_dropout, of Sol
 
     # Text
     text_dropout: float = 0.1  # share of samples trained on the null caption, for guidance
@@ -111,7 +116,11 @@ class TrainerConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # also "wandb", "mlflow"
     tracker_project: str = "tinyflux"
     ema_warmup: bool = True  # let the EMA's decay rise to ema_decay; see ema_decay_at
-    shift_tokens: int | None = None  # latents of a picture at which `shift` holds; None: of all
+    # Latents of a picture (height x width) at which `shift` holds; larger pictures get more noise,
+    # smaller ones less. None: it holds for all.
+    shift_tokens: int | None = None
+    # Whose min-SNR weight: "epsilon" prefers noisy times, "velocity" is that of what is predicted.
+    snr_kind: str = "epsilon"
     async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
     max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
 
@@ -122,6 +131,7 @@ class TrainerConfig:
             ("lr_scheduler", LR_SCHEDULERS),
             ("warmup_type", WARMUP_TYPES),
             ("lune_mode", LUNE_MODES),
+            ("snr_kind", SNR_KINDS),
             ("compile_mode", (None, *COMPILE_MODES)),
         ):
             value = getattr(self, name)

@@ -12,10 +12,15 @@ from torch import Tensor
 from tinyflux.errors import ConfigError, InputError
 
 LUNE_MODES = ("cosine", "mse", "huber")
+SNR_KINDS = ("epsilon", "velocity")
 
 
 def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
     """Huber loss of each element: quadratic up to ``delta``, linear with slope ``delta`` beyond.
+
+    What minimises it lies between the mean (``delta`` above all distances) and the median (below
+    them). A flow's velocity is a mean, and its residuals are near 1: with a ``delta`` of 0.1 a
+    median is learned, which is another flow. Plain MSE learns the mean.
 
     Returns:
         The shape of ``pred``: ``0.5 * q^2 + delta * (|d| - q)`` with ``q = min(|d|, delta)``.
@@ -25,20 +30,32 @@ def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
     return 0.5 * quadratic.square() + delta * (distance - quadratic)
 
 
-def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR weights ``min(snr, gamma) / snr`` with ``snr = (t / (1 - t))^2``.
+def min_snr_weight(t: Tensor, gamma: float = 5.0, kind: str = "epsilon") -> Tensor:
+    """Min-SNR weights with ``snr = (t / (1 - t))^2`` (Hang et al. 2023, arXiv:2303.09556).
 
-    Hang et al. 2023, arXiv:2303.09556, for flow matching.
+    They weigh the squared error of the data by ``min(snr, gamma)``. What that is for the squared
+    error of another prediction is its ``kind``:
+
+    - ``"epsilon"``, of the noise: ``min(snr, gamma) / snr``, which is 1 for noisy samples and small
+      near the data. Put on a velocity's error, as by default, it is no min-SNR weight, but a
+      preference for noisy times.
+    - ``"velocity"``, of ``data - noise``: ``min(snr, gamma) * (1 - t)^2``, which is 0 at both ends
+      and largest where ``snr`` is ``gamma``.
 
     Args:
         t: ``[B]`` times, 0 is noise.
 
     Returns:
-        ``[B]`` in (0, 1]: 1 for noisy samples, small near the data.
+        ``[B]`` in [0, 1].
     """
     t = t.float()
     snr = (t / (1 - t).clamp(min=1e-6)).square().clamp(min=1e-12)
-    return snr.clamp(max=gamma) / snr
+    if kind == "epsilon":
+        return snr.clamp(max=gamma) / snr
+    if kind == "velocity":
+        # As t^2 below gamma, which is exact where snr is not.
+        return torch.minimum(t.square(), gamma * (1 - t).square())
+    raise ConfigError(f"unknown min-SNR kind '{kind}': choose one of {', '.join(SNR_KINDS)}")
 
 
 def compute_main_loss(

@@ -143,22 +143,24 @@ class Draws:
     Attributes:
         normal: ``[B]`` standard normal, for the time.
         noise: ``[B, C, H, W]`` standard normal.
-        text, lune, sol: ``[B]`` uniform, for the dropout of captions and teachers.
+        text: ``[B]`` uniform, for the dropout of captions.
+        teachers: ``[B]`` uniform, for the dropout of both teachers: they are missing together.
         dropout: ``[B]`` int64 seeds of the model's dropout layers.
     """
 
     normal: Tensor
     noise: Tensor
     text: Tensor
-    lune: Tensor
-    sol: Tensor
+    teachers: Tensor
     dropout: Tensor
 
     @classmethod
     def at(cls, seed: int, positions: Tensor, shape: tuple[int, ...]) -> "Draws":
         """Draws for samples at ``positions``, whose latents have ``shape`` ``(C, H, W)``.
 
-        A sample's numbers always come in the same order, whatever options are on.
+        A sample's numbers always come in the same order, whatever options are on: the normal, the
+        caption's, the teachers', one that was Sol's own and is drawn so that the next stays what
+        it was, and the dropout layers' seed.
         """
         places = positions.tolist()
         normal = torch.empty(len(places))
@@ -170,8 +172,8 @@ class Draws:
             uniform[row] = torch.rand(3, generator=source)
             dropout[row] = torch.randint(2**31, (), generator=source)
         noise = torch.stack([randn_for(shape, seed, "noise", place) for place in places])
-        text, lune, sol = uniform.unbind(-1)
-        return cls(normal, noise, text, lune, sol, dropout)
+        text, teachers, _ = uniform.unbind(-1)
+        return cls(normal, noise, text, teachers, dropout)
 
 
 def training_loss(
@@ -202,7 +204,8 @@ def training_loss(
         logit_std=config.logit_std,
     ).to(device)
     data, noise = batch.latents.float(), draws.noise.to(device)
-    t5, pooled = _drop_text(batch, (draws.text < config.text_dropout).to(device), null_text)
+    no_text = draws.text < config.text_dropout
+    t5, pooled = _drop_text(batch, no_text.to(device), null_text)
     teachers = teacher_features(batch, model.config, config, t, t_buckets)
     for module in model.modules():
         if isinstance(module, SampleDropout):
@@ -216,8 +219,9 @@ def training_loss(
         t,
         TinyFluxDeep.create_img_ids(len(batch), *grid, device=device),
         **teachers.seen(
-            (draws.lune >= config.lune_dropout).to(device),
-            (draws.sol >= config.sol_dropout).to(device),
+            # As in use: with no teacher at all, and the unconditional branch with nothing.
+            (~no_text & (draws.teachers >= config.lune_dropout)).to(device),
+            (~no_text & (draws.teachers >= config.sol_dropout)).to(device),
         ),
         return_expert_pred=True,
         grid=grid,
@@ -229,7 +233,9 @@ def training_loss(
         spatial_weights=teachers.importance() if config.use_spatial_weighting else None,
         use_huber=config.use_huber_loss,
         huber_delta=config.huber_delta,
-        snr_weights=min_snr_weight(t, config.snr_gamma) if config.use_snr_weighting else None,
+        snr_weights=min_snr_weight(t, config.snr_gamma, config.snr_kind)
+        if config.use_snr_weighting
+        else None,
         grid=grid,
     )
     lune, sol = distillation_losses(experts, teachers, config)

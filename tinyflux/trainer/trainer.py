@@ -1,14 +1,14 @@
 """Training in one process, from any DataLoader."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint, save_checkpoint
@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureSource(Protocol):
-    """What the trainer needs of a MultiSourceCache."""
+    """What the trainer needs of a MultiSourceCache, whose ``dataset_ids`` and ``null_text`` are
+    used where there are any.
+    """
 
     def gather(self, local_indices: Tensor, dataset_ids: Tensor) -> dict[str, Tensor | None]:
         """Teacher features by bucket of samples ``[B]`` of datasets ``[B]``.
@@ -80,18 +82,21 @@ class Trainer:
         Args:
             dataloader: gives dictionaries with ``latents`` ``[B, C, H, W]``, ``t5_embeds``
                 ``[B, L, D]``, ``clip_pooled`` ``[B, P]`` and, optional, ``mask`` ``[B, H, W]``,
-                ``index`` and ``dataset_id`` ``[B]`` (needed with ``cache``).
+                ``index`` and ``dataset_id`` ``[B]`` (needed with ``cache``, the latter where it
+                holds more than one dataset).
             cache: teacher features by (index, dataset_id).
             sampler: draws ``config.sample_prompts``.
-            null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption; left out,
-                the cache's or the sampler's zoo's, else zeros.
+            null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, which
+                dropped captions are trained on and inference is given; left out, the cache's, the
+                dataset's (an EncodingCache, or Subset and ConcatDataset of some) or the sampler's
+                zoo's.
             held_out: samples to validate on.
+
+        Raises:
+            InputError: captions are dropped and nobody knows the empty one's embeddings.
         """
-        if null_text is None:
-            null_text = getattr(cache, "null_text", None)
-        if null_text is None and sampler is not None and self.config.text_dropout > 0:
-            t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
-            null_text = (t5[0], pooled[0])
+        if null_text is None and self.config.text_dropout > 0:
+            null_text = _find_null_text(dataloader, cache, sampler)
         self._dataloader, self._cache = dataloader, cache
         t_buckets = getattr(cache, "t_buckets", None)
         buckets = default_buckets() if t_buckets is None else t_buckets
@@ -196,9 +201,56 @@ class Trainer:
                     "must hold one, like EncodingCache's"
                 )
             index = torch.as_tensor(raw["index"])
-            dataset_id = torch.as_tensor(raw.get("dataset_id", torch.zeros_like(index)))
-            raw = {**raw, **self._cache.gather(index, dataset_id)}
+            raw = {**raw, **self._cache.gather(index, self._dataset_id(raw, index))}
         return TrainBatch.from_dict(raw, positions)
+
+    def _dataset_id(self, raw: dict[str, Any], index: Tensor) -> Tensor:
+        """``[B]``: which of the cache's datasets the samples ``index`` ``[B]`` are of."""
+        if "dataset_id" in raw:
+            return torch.as_tensor(raw["dataset_id"])
+        known: Sequence[int] = getattr(self._cache, "dataset_ids", (0,))
+        if len(known) > 1:
+            raise InputError(
+                f"a batch has no 'dataset_id' and the cache holds {len(known)} datasets: the "
+                "dataset's items must say which one they are of, as MultiSourceCache.add numbered "
+                "it"
+            )
+        return torch.full_like(index, known[0] if known else 0)
+
+
+def _find_null_text(
+    dataloader: DataLoader[Any], cache: FeatureSource | None, sampler: Sampler | None
+) -> tuple[Tensor, Tensor]:
+    """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, from whoever has them."""
+    found: tuple[Tensor, Tensor] | None = getattr(cache, "null_text", None)
+    if found is None:
+        found = _null_text_of(dataloader.dataset)
+    if found is None and sampler is not None:
+        t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
+        found = (t5[0], pooled[0])
+    if found is None:
+        raise InputError(
+            "neither the dataset nor the cache knows the empty caption's embeddings, which dropped "
+            "captions are trained on and inference is given: pass Trainer.setup a sampler or "
+            "null_text=(t5, pooled) of '', or set trainer.text_dropout to 0"
+        )
+    return found
+
+
+def _null_text_of(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """The empty caption's embeddings that a dataset, or every part of it that has some, holds."""
+    if isinstance(dataset, Subset):
+        return _null_text_of(dataset.dataset)
+    if not isinstance(dataset, ConcatDataset):
+        return getattr(dataset, "null_text", None)
+    parts = [text for text in map(_null_text_of, dataset.datasets) if text is not None]
+    for text in parts[1:]:
+        if not all(map(torch.equal, text, parts[0])):
+            raise InputError(
+                "the datasets hold different embeddings of the empty caption, so they were not "
+                "encoded alike: build them with one zoo, or pass Trainer.setup null_text"
+            )
+    return parts[0] if parts else None
 
 
 def _with_last(items: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
