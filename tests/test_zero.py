@@ -26,6 +26,7 @@ from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH = 4, 6
+ULPS = 2.5e-7  # two roundings of a weight just above 1, as the norms' are
 CONFIG = TrainerConfig(
     learning_rate=1e-3,
     warmup_steps=2,
@@ -133,8 +134,8 @@ def trained(tmp_path_factory):
 def test_every_stage_trains_like_plain_torch(trained, world):
     names = ["torch", *(f"zero{stage}" for stage in range(4))]
     names += [f"offload{stage}" for stage in (1, 2, 3)]
-    assert_same(trained, [f"{world}-{name}" for name in names], 1e-7)
-    assert_same(trained, [f"{world}-frozen-torch", f"{world}-frozen2", f"{world}-frozen3"], 1e-7)
+    assert_same(trained, [f"{world}-{name}" for name in names], ULPS)
+    assert_same(trained, [f"{world}-frozen-torch", f"{world}-frozen2", f"{world}-frozen3"], ULPS)
     assert_same(trained, [f"{world}-torch", f"{world}-accumulated3"], 1e-6)
 
 
