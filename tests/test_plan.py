@@ -17,11 +17,11 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.memory import sent_bytes
 from tinyflux.distributed.train import WorkersConfig
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.plan.cluster import GB, ClusterConfig
 from tinyflux.plan.plan import make_plan
-from tinyflux.plan.work import step_work
+from tinyflux.plan.work import count_step, step_work
 from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
@@ -171,6 +171,51 @@ def test_activations_are_what_the_backward_pass_really_keeps():
     actual = sum(storage.nbytes() for storage in kept.values())
     assert work.activation_bytes == pytest.approx(actual, rel=0.02)
     assert work.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_flops(config: TinyFluxConfig, image: int) -> tuple[int, int]:
+    """FLOPs of one sample's forward by hand: its linear maps', and attention's.
+
+    A map of n tokens from a to b channels takes 2 n a b; attention of s tokens and width d takes
+    2 s s d for the logits and as many for the values.
+    """
+    width, text = config.hidden_size, config.max_text_length
+    inner, tokens = int(width * config.mlp_ratio), image + text
+    vectors = 256 * width + width**2 + config.pooled_projection_dim * width
+    vectors += config.t5_hidden_size * width + width**2
+    streams = image * config.in_channels * width + text * config.t5_hidden_size * width
+    block = tokens * (3 * width**2 + width**2 + 2 * width * inner)
+    double = config.num_double_layers * (2 * 6 * width**2 + block)
+    single = config.num_single_layers * (3 * width**2 + block)
+    maps = 2 * (vectors + streams + double + single + image * width * config.in_channels)
+    layers = config.num_double_layers + config.num_single_layers
+    return maps, layers * 4 * tokens**2 * width
+
+
+@pytest.mark.parametrize("pixels", [256, 512, 1024])
+def test_a_step_has_the_flops_of_the_closed_formula(pixels):
+    """Backward does each map's work twice, and attention's 2.5 times: its logits are made again."""
+    config = preset("tiny-flux-deep")
+    side = pixels // 8
+    work = step_work(config, TrainerConfig(), 1, (side, side))
+    maps, attention = forward_flops(config, side * side)
+    assert work.flops == pytest.approx(3 * maps + 3.5 * attention, rel=0.01)
+    if pixels == 512:
+        again = step_work(config, TrainerConfig(gradient_checkpointing=True), 1, (side, side))
+        # Nothing reads what a single block's last map gives, so it is not made again.
+        inner = int(config.hidden_size * config.mlp_ratio)
+        tokens = side * side + config.max_text_length
+        spared = config.num_single_layers * 2 * tokens * inner * config.hidden_size
+        assert again.flops == pytest.approx(4 * maps + 4.5 * attention - spared, rel=0.01)
+
+
+@pytest.mark.parametrize("blocks", [(0, 3), (3, 0), (2, 4)])
+def test_blocks_that_are_alike_are_counted_by_one(blocks):
+    """Against a count of every block."""
+    config = student_config(num_double_layers=blocks[0], num_single_layers=blocks[1])
+    for checkpointing in (False, True):
+        trainer = TrainerConfig(gradient_checkpointing=checkpointing)
+        assert step_work(config, trainer, 2, (4, 4)) == count_step(config, trainer, 2, (4, 4))
 
 
 def test_checkpointing_keeps_less_and_computes_more():
