@@ -1,6 +1,7 @@
 """Planning a run: what is said beforehand against what is really there afterwards."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, estimate
@@ -19,9 +21,12 @@ from tinyflux.distributed.train import WorkersConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.teachers import lune_features, sol_features
+from tinyflux.model.zoo import _SD15_UNET
+from tinyflux.plan import encoders
 from tinyflux.plan.cluster import GB, ClusterConfig
 from tinyflux.plan.plan import make_plan
-from tinyflux.plan.work import count_step, step_work
+from tinyflux.plan.work import count_step, flop_counter, step_work
 from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
@@ -218,6 +223,46 @@ def test_blocks_that_are_alike_are_counted_by_one(blocks):
         assert step_work(config, trainer, 2, (4, 4)) == count_step(config, trainer, 2, (4, 4))
 
 
+def counted(work) -> encoders.Flops:
+    """FLOPs of what ``work`` does, by kind; self-attention is the products of Sol's rows, too."""
+    with flop_counter() as counter, torch.no_grad():
+        work()
+    total = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    convolutions = total.pop("aten.convolution")
+    products = total.pop("aten.mm") + total.pop("aten.addmm")
+    return encoders.Flops(convolutions, products, sum(total.values()))
+
+
+@pytest.mark.parametrize("pixels", [512, 1024])
+def test_the_encoders_have_the_flops_that_hours_are_planned_from(pixels):
+    """The published architectures, run on tensors without values."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    def expect(planned: encoders.Flops, found: encoders.Flops):
+        scaled = planned.at(pixels**2)
+        assert scaled.convolutions == pytest.approx(found.convolutions, rel=0.01)
+        # Attention to text grows with the pixels and not their square, and is counted on one side
+        # here and on the other there.
+        assert sum(scaled) == pytest.approx(sum(found), rel=0.02)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+        )
+        unet = UNet2DConditionModel(**_SD15_UNET)
+        side = pixels // 8
+        inputs = (torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 77, 768))
+        expect(encoders.VAE, counted(lambda: vae.encode(torch.zeros(1, 3, pixels, pixels))))
+        expect(encoders.LUNE, counted(lambda: lune_features(unet, *inputs)))
+        sol = counted(lambda: sol_features(unet, *inputs, query_chunk=side**2))
+        # A CPU's rows serve both ends; a GPU makes them once more: three products for two.
+        expect(encoders.SOL, sol._replace(attention=1.5 * sol.attention))
+
+
 def test_checkpointing_keeps_less_and_computes_more():
     config = student_config(num_double_layers=3, num_single_layers=3)
     plain = step_work(config, TrainerConfig(), 2, (4, 4))
@@ -257,6 +302,71 @@ def test_a_run_costs_its_hours_on_every_node():
 )
 def test_the_bottleneck_is_named(changes, said):
     assert said in make_plan(a_run(**changes)).bottleneck
+
+
+def test_float32_is_not_planned_at_the_speed_of_bfloat16():
+    half = make_plan(a_run(zoo={"dtype": torch.bfloat16}))
+    full = make_plan(a_run(zoo={"dtype": torch.float32}))
+    # Convolutions at half of bf16's peak, products at the fifteenth part of it.
+    assert 5 < full.cache.hours / half.cache.hours < 10
+    assert "float32" in str(full)
+    slow = make_plan(a_run(trainer={"dtype": torch.float32})).training
+    assert slow.compute / half.training.compute == pytest.approx(989 / 67)
+
+
+def test_processes_on_cpus_are_not_as_fast_as_the_gpus_beside_them():
+    assert make_plan(a_run(cache={"gpus_per_actor": 0.0})).cache.hours is None
+    with pytest.raises(ConfigError, match=r"set workers\.use_gpu"):
+        make_plan(a_run(workers={"use_gpu": False}))
+
+
+def test_a_column_takes_longer_for_more_pixels():
+    small = make_plan(a_run(data={"height": 256, "width": 256})).cache
+    large = make_plan(a_run()).cache
+    for group in ("latents", "lune", "sol"):
+        ratio = large.seconds_per_sample[group] / small.seconds_per_sample[group]
+        assert 4 < ratio < 16  # between pixels and their square
+    assert large.seconds_per_sample["text"] == small.seconds_per_sample["text"]
+    assert 4 < large.seconds_together / small.seconds_together < 16
+
+
+def test_other_samples_than_are_there_are_said(toy):
+    run, configs = toy
+    run.cluster.samples = 10_000_000
+    assert "pictures' holds 12 pictures; planned are cluster.samples = 10,000,000" in str(
+        make_plan(run)
+    )
+    estimate(configs, LocalRunner(configs))
+    assert "the estimate is of 12 samples; planned are" in str(make_plan(run))
+    build(configs, LocalRunner(configs))
+    assert "cache' holds 12 samples; planned are" in str(make_plan(run))
+    run.cluster.samples = 0
+    assert "planned are" not in str(make_plan(run))
+
+
+def test_the_cheapest_zero_stage_is_named():
+    slow = a_run(workers={"zero_stage": 3}, cluster={"network_gbit": 10.0})
+    plan = make_plan(slow)
+    steps = plan.training.seconds_by_stage
+    assert plan.training.cheapest_stage == 1  # sends as little as 0, and needs less memory
+    assert steps[0] == steps[1] < steps[2] < steps[3] == plan.training.step_seconds
+    assert "cheapest is workers.zero_stage: 1" in str(plan)
+    slow.workers.zero_stage = 1
+    assert "the run's stage 1 is as fast as any" in str(make_plan(slow))
+    # Where only the last fits, it is the cheapest.
+    slow.workers.zero_stage = 3
+    by_stage = plan.training.memory
+    between = (sum(by_stage[2].values()) + sum(by_stage[3].values())) / 2 / GB
+    slow.cluster.gpu_memory_gb = between
+    assert make_plan(slow).training.cheapest_stage == 3
+
+
+def test_a_plan_says_no_more_digits_than_it_knows():
+    text = str(make_plan(a_run(cluster={"price_per_node_hour": 55.0})))
+    said = re.findall(r"([\d,.]+) (?:s|minutes|hours|days|at the stated price)\b", text)
+    assert len(said) > 5
+    assert all(len(number.replace(",", "").replace(".", "").strip("0")) <= 2 for number in said)
+    assert "together is less than the sum" in text
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tinyflux.util.predictions import (
     vpred_x_t,
 )
 from tinyflux.util.seeding import generator, randn_for
+from tinyflux.util.text import duration, rounded, size
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 levels = st.floats(0.05, 0.95)
@@ -188,3 +189,34 @@ def test_the_pure_library_needs_neither_ray_nor_deepspeed_nor_pyarrow():
 def test_importing_the_package_loads_nothing():
     code = "import tinyflux, sys; assert not {'torch', 'ray', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (duration(0), "0.0 s"),
+        (duration(16.04), "16 s"),
+        (duration(89.99), "90 s"),
+        (duration(100), "1.7 minutes"),
+        (duration(3600), "60 minutes"),
+        (duration(36_000), "10 hours"),
+        (duration(30 * 86_400), "30 days"),
+        (size(12), "12 B"),
+        (size(999_999), "1.00 MB"),
+        (size(12_345_678), "12.3 MB"),
+        (size(5e15), "5,000 TB"),
+        (rounded(1234.5), "1,200"),
+        (rounded(9.99), "10"),
+        (rounded(0.000123), "0.00012"),
+    ],
+)
+def test_sizes_and_times_for_people(said, expected):
+    assert said == expected
+
+
+@given(st.floats(1e-6, 1e12), st.integers(1, 6))
+def test_a_rounded_number_is_near_and_has_few_digits(value, digits):
+    text = rounded(value, digits).replace(",", "")
+    assert float(text) == pytest.approx(value, rel=0.5 * 10 ** (1 - digits) + 1e-9)
+    assert len(text.replace(".", "").strip("0")) <= digits
+    assert "e" not in text

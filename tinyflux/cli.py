@@ -126,7 +126,8 @@ def _plan(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     options, rest = parser.parse_known_args(arguments)
     run = parse_run_config(["--config", options.file, *rest], "tinyflux plan")
-    with redirect_stdout(sys.stderr):  # what measuring says of itself
+    with redirect_stdout(sys.stderr):  # what counting and measuring say of themselves
+        print(f"plan: counting the work of {options.file}", flush=True)
         made = make_plan(run, options.measure, options.calibrate)
     print(made.to_json() if options.json else made)
 

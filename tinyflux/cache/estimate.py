@@ -16,6 +16,7 @@ from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.store import LocalStore
+from tinyflux.util.text import duration
 
 ESTIMATE_NAME = "estimate.json"
 
@@ -93,8 +94,9 @@ class Estimate:
         lines += [
             f"{'together':10}{total / 2**20:12.1f}{total / self.samples / 1024:15.2f}"
             f"{cost.seconds_together:20.4f}",
-            f"{self.hours:.2f} hours with {self.actors} actors, {cost.seconds_to_load:.0f} s of "
-            f"them to load the models",
+            "together is less than the sum: alone, each reads the pictures for itself",
+            f"{duration(3600 * self.hours)} with {self.actors} actors, "
+            f"{duration(cost.seconds_to_load)} of it to load the models",
             f"{cost.memory / 2**30:.1f} GiB of memory for each actor, "
             f"{cost.gpu_memory / 2**30:.1f} GiB on its GPU",
         ]

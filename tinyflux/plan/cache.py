@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,24 @@ from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
+from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.store import open_store
 from tinyflux.errors import ConfigError
 from tinyflux.model.teachers import SPATIAL_SIZE
 from tinyflux.model.zoo import ZooConfig
+from tinyflux.plan import encoders
 from tinyflux.plan.cluster import ClusterConfig
 from tinyflux.util.buckets import default_buckets
-
-# FLOPs of one sample at 512 x 512, counted by torch's FlopCounterMode: either VAE's encoder;
-# SD1.5's UNet down to its middle (Lune) and whole (Sol), by bucket; T5-base at 128 tokens and CLIP.
-MEASURED_SIDE = 512
-VAE_FLOPS, LUNE_FLOPS, SOL_FLOPS, TEXT_FLOPS = 1117e9, 261e9, 803e9, 36e9
+from tinyflux.util.config import dtype_name
 
 KEY_BYTES = 36  # 32 hex digits and their length
 ROW_BYTES = 330  # of the rows file: digests, caption, where the picture is
 FILE_BYTES = 860.0  # of Parquet around the rows of a file
 # Shards end where their keys say: between a quarter of the most and all, at this on average.
 SHARD_FILL = 0.64
+# A folder with more pictures is not counted before it is planned for.
+MOST_COUNTED = 100_000
 
 
 # What keeping the cache takes, measured by benchmarks/scale.py: bytes of a key in the driver's
@@ -45,8 +48,10 @@ class CachePlan:
         grid: height and width of latents.
         bytes: by column group.
         seconds_per_sample: by group, each alone, in one actor; empty if not known.
+        seconds_together: of a sample, all groups from one reading; 0 if not known.
         hours: of all actors side by side; None if not known, 0 if the cache is there.
         actors: how many there are; ``nodes`` that they need.
+        note: a sentence where ``cluster.samples`` is not what is there; else empty.
     """
 
     origin: str
@@ -55,9 +60,11 @@ class CachePlan:
     grid: tuple[int, int]
     bytes: dict[str, float]
     seconds_per_sample: dict[str, float]
+    seconds_together: float
     hours: float | None
     actors: int
     nodes: int
+    note: str
 
     @property
     def total_bytes(self) -> float:
@@ -93,33 +100,54 @@ def plan_cache(run: Any) -> CachePlan:
     nodes = _nodes(run.cache.num_actors, run.cache, cluster)
     factor = 2 ** (len(_vae_channels(run.zoo)) - 1)
     grid = (run.data.height // factor, run.data.width // factor)
+    there = ""
     if store is not None and store.size(MANIFEST_NAME) is not None:
         manifest = Manifest.load(store)
         if cluster.samples in (0, manifest.rows):
             return _finished(manifest, run.cache.num_actors, nodes)
+        there = f"the cache '{run.cache.path}' holds {manifest.rows:,} samples"
     estimate = None if store is None else read_estimate(store)
     origin, rows = "measured on a few batches", float(ROW_BYTES)
     if estimate is None:
+        there = there or _pictures_there(run.data)
         estimate = _by_formula(run, grid)
-        origin = "formulas" if estimate.cost.seconds_together else "formulas, which know no hours"
+        origin = f"formulas, in {dtype_name(run.zoo.dtype)}"
+        if not estimate.cost.seconds_together:
+            origin = "formulas, which know no hours"
     else:
         assert store is not None
+        there = there or f"the estimate is of {estimate.samples:,} samples"
         files = store.list(SHARD_FOLDER).items()
         rows = sum(size for path, size in files if f".{ROWS}." in path) / estimate.samples
         estimate = _scaled(estimate, cluster.samples, run.cache.num_actors)
     groups = {group: estimate.bytes(group) for group in estimate.cost.bytes_per_sample}
     known = bool(estimate.cost.seconds_together)
     return CachePlan(
-        origin,
-        estimate.samples,
-        estimate.shards,
-        grid,
-        {ROWS: rows * estimate.samples, **groups},
-        estimate.cost.seconds_per_sample,
-        estimate.hours if known else None,
-        estimate.actors,
-        nodes,
+        origin=origin,
+        samples=estimate.samples,
+        shards=estimate.shards,
+        grid=grid,
+        bytes={ROWS: rows * estimate.samples, **groups},
+        seconds_per_sample=estimate.cost.seconds_per_sample,
+        seconds_together=estimate.cost.seconds_together,
+        hours=estimate.hours if known else None,
+        actors=estimate.actors,
+        nodes=nodes,
+        note=_note(there, cluster.samples),
     )
+
+
+def _note(there: str, samples: int) -> str:
+    return f"{there}; planned are cluster.samples = {samples:,}" if there and samples else ""
+
+
+def _pictures_there(data: DataConfig) -> str:
+    """What a local folder of picture files holds; empty where that is not quickly known."""
+    if data.format not in ("auto", "folder") or not os.path.isdir(data.folder):
+        return ""
+    names = (name.lower() for _, _, files in os.walk(data.folder) for name in files)
+    found = list(islice((name for name in names if name.endswith(SUFFIXES)), MOST_COUNTED + 1))
+    return f"'{data.folder}' holds {len(found):,} pictures" if len(found) <= MOST_COUNTED else ""
 
 
 def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
@@ -131,7 +159,19 @@ def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
     assert layout is not None
     grid = (layout.shape[1], layout.shape[2])
     shards = len(manifest.shards)
-    return CachePlan("the finished cache", manifest.rows, shards, grid, sizes, {}, 0, actors, nodes)
+    return CachePlan(
+        origin="the finished cache",
+        samples=manifest.rows,
+        shards=shards,
+        grid=grid,
+        bytes=sizes,
+        seconds_per_sample={},
+        seconds_together=0.0,
+        hours=0,
+        actors=actors,
+        nodes=nodes,
+        note="",
+    )
 
 
 def _nodes(actors: int, cache: Any, cluster: ClusterConfig) -> int:
@@ -187,21 +227,12 @@ def _by_formula(run: Any, grid: tuple[int, int]) -> Estimate:
         "latents": 2.0 * model.in_channels * grid[0] * grid[1],
         "text": text + 2 * model.pooled_projection_dim + (0 if every_token else 8),
     }
-    flops = {"latents": VAE_FLOPS, "text": TEXT_FLOPS}
     if run.cache.extract_lune:
         sizes["lune"] = 2 * buckets * model.lune_expert_dim
-        flops["lune"] = VAE_FLOPS + buckets * LUNE_FLOPS
     if run.cache.extract_sol:
         sizes["sol"] = 2 * buckets * (4 + SPATIAL_SIZE**2)
-        flops["sol"] = VAE_FLOPS + buckets * SOL_FLOPS
-    published = not os.path.isdir(run.zoo.experts_repo)
-    rate = cluster.flops * (run.cache.gpus_per_actor or 1) if published else 0.0
-    seconds = {group: count / rate for group, count in flops.items()} if rate else {}
-    teachers = sum(name in flops for name in ("lune", "sol"))
-    saved = max(0, teachers - 1) * VAE_FLOPS  # the teachers share their latents
-    together = (sum(flops.values()) - saved) / rate if rate else 0.0
+    seconds, together = _encoding_seconds(run, sizes.keys())
     shards = -(-cluster.samples // max(1, round(SHARD_FILL * run.cache.rows_per_shard)))
-    size = f"{run.data.width} x {run.data.height}"
     cost = Cost(
         {group: KEY_BYTES + value for group, value in sizes.items()},
         dict.fromkeys(sizes, FILE_BYTES),
@@ -212,11 +243,32 @@ def _by_formula(run: Any, grid: tuple[int, int]) -> Estimate:
         0,
     )
     actors = min(run.cache.num_actors, shards)
-    # Latents scale with the picture: bytes are this size's already, FLOPs those of 512 x 512.
-    scale = run.data.width * run.data.height / MEASURED_SIDE**2
-    cost = dataclasses.replace(cost, seconds_together=together * scale)
     here = (run.data.width, run.data.height)
+    size = f"{run.data.width} x {run.data.height}"
     return Estimate(cluster.samples, shards, actors, {size: cluster.samples}, here, cost)
+
+
+def _encoding_seconds(run: Any, groups: Collection[str]) -> tuple[dict[str, float], float]:
+    """Of a sample's groups alone, and of all together; nothing where models or speed are unknown.
+
+    The teachers' latents are encoded once for both.
+    """
+    cache, buckets = run.cache, len(default_buckets())
+    speed = run.cluster.speed(run.zoo.dtype, on_gpu=cache.gpus_per_actor > 0)
+    if os.path.isdir(run.zoo.experts_repo) or not all(speed):
+        return {}, 0.0
+    pixels = run.data.width * run.data.height
+    share = min(1.0, cache.gpus_per_actor or 1.0)
+    vae = encoders.VAE.at(pixels).seconds(speed)
+    teachers = {
+        "lune": buckets * encoders.LUNE.at(pixels).seconds(speed),
+        "sol": buckets * encoders.SOL.at(pixels).seconds(speed),
+    }
+    asked = {group: value for group, value in teachers.items() if group in groups}
+    text = encoders.TEXT.seconds(speed)
+    alone = {"latents": vae, "text": text, **{key: vae + value for key, value in asked.items()}}
+    together = vae + text + sum(asked.values()) + (vae if asked else 0.0)
+    return {group: value / share for group, value in alone.items()}, together / share
 
 
 def _vae_channels(zoo: ZooConfig) -> list[int]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import nearest
 
@@ -10,22 +12,35 @@ GB, TFLOP = 1e9, 1e12
 
 
 class Gpu(NamedTuple):
-    """Memory in GB, and dense bf16 peak in TFLOP/s."""
+    """Memory in GB, and dense peaks in TFLOP/s: of bf16, and of float32 without tensor cores."""
 
     memory_gb: float
     tflops: float
+    tflops_float32: float
 
 
 # From NVIDIA's public data sheets, without sparsity.
 GPUS = {
-    "A10": Gpu(24, 125),
-    "A100-40GB": Gpu(40, 312),
-    "A100-80GB": Gpu(80, 312),
-    "H100": Gpu(80, 989),
-    "H200": Gpu(141, 989),
-    "L4": Gpu(24, 121),
-    "L40S": Gpu(48, 362),
+    "A10": Gpu(24, 125, 31.2),
+    "A100-40GB": Gpu(40, 312, 19.5),
+    "A100-80GB": Gpu(80, 312, 19.5),
+    "H100": Gpu(80, 989, 67),
+    "H200": Gpu(141, 989, 67),
+    "L4": Gpu(24, 121, 30.3),
+    "L40S": Gpu(48, 362, 91.6),
 }
+
+
+class Speed(NamedTuple):
+    """FLOPs that a process reaches in a second, 0 where that is not known.
+
+    Attributes:
+        products: of matrix products and attention.
+        convolutions: of convolutions.
+    """
+
+    products: float
+    convolutions: float
 
 
 @dataclass
@@ -38,6 +53,7 @@ class ClusterConfig:
         gpu: one of ``GPUS``, whose memory and peak stand in for those not stated.
         gpu_memory_gb: of one GPU, in 1e9 bytes.
         tflops: bf16 peak of one GPU or, without GPUs, fp32 peak of one worker.
+        tflops_float32: fp32 peak of one GPU, without tensor cores.
         mfu: share of the peak that work reaches.
         cpus_per_node, memory_gb_per_node: of a machine, GPUs apart.
         network_gbit: between nodes, per node and direction, in 1e9 bits a second.
@@ -55,6 +71,7 @@ class ClusterConfig:
     gpu: str = ""
     gpu_memory_gb: float = 0.0
     tflops: float = 0.0
+    tflops_float32: float = 0.0
     mfu: float = 0.35
     cpus_per_node: int = 0
     memory_gb_per_node: float = 0.0
@@ -79,9 +96,9 @@ class ClusterConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"cluster.{name} must be above 0, not {getattr(self, name)}")
         for name in (
-            "gpus_per_node", "gpu_memory_gb", "tflops", "cpus_per_node", "memory_gb_per_node",
-            "storage_gb", "storage_gb_per_s_in_all", "price_per_node_hour", "samples",
-            "caption_tokens",
+            "gpus_per_node", "gpu_memory_gb", "tflops", "tflops_float32", "cpus_per_node",
+            "memory_gb_per_node", "storage_gb", "storage_gb_per_s_in_all", "price_per_node_hour",
+            "samples", "caption_tokens",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"cluster.{name} must be 0 or more, not {getattr(self, name)}")
@@ -92,11 +109,19 @@ class ClusterConfig:
         known = GPUS[self.gpu].memory_gb if self.gpu else 0.0
         return (self.gpu_memory_gb or known) * GB
 
-    @property
-    def flops(self) -> float:
-        """That one worker reaches, a second; 0 if no peak is stated."""
-        known = GPUS[self.gpu].tflops if self.gpu else 0.0
-        return (self.tflops or known) * TFLOP * self.mfu
+    def speed(self, dtype: torch.dtype, on_gpu: bool) -> Speed:
+        """What one process reaches that computes in ``dtype``, on a GPU or on CPUs."""
+        if not on_gpu:
+            peak = 0.0 if self.gpus_per_node else self.tflops  # else ``tflops`` is a GPU's
+            return Speed(*[peak * TFLOP * self.mfu] * 2)
+        known = GPUS[self.gpu] if self.gpu else Gpu(0, 0, 0)
+        half = self.tflops or known.tflops
+        products = convolutions = half
+        if dtype == torch.float32:
+            # torch lets cuDNN's convolutions use TF32, which has half of bf16's peak, and no
+            # products.
+            products, convolutions = self.tflops_float32 or known.tflops_float32, half / 2
+        return Speed(products * TFLOP * self.mfu, convolutions * TFLOP * self.mfu)
 
     @property
     def network(self) -> float:

@@ -1,6 +1,7 @@
 """``tinyflux plan``: bytes, hours, memory and money of a run, and what holds it up."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from tinyflux.plan.cache import CachePlan, plan_cache
 from tinyflux.plan.cluster import GB
 from tinyflux.plan.training import TrainingPlan, plan_training
 from tinyflux.util.config import to_dict
+from tinyflux.util.text import duration, rounded, size
 
 HELD_UP_BY = {
     "compute": "computing: more or faster workers, or fewer steps, shorten it",
@@ -50,10 +52,10 @@ class Plan:
                           *self._total_lines()])  # fmt: skip
 
     def _total_lines(self) -> list[str]:
-        money = f", {self.price:,.2f} at the stated price" if self.price else ""
+        money = f", {rounded(self.price)} at the stated price" if self.price else ""
         unknown = "" if self.cache.hours is not None else ", the cache's not counted"
         return [
-            f"total: {_duration(self.hours)} on {self.nodes} nodes{money}{unknown}",
+            f"total: {duration(3600 * self.hours)} on {self.nodes} nodes{money}{unknown}",
             f"bottleneck: {self.bottleneck}",
         ]
 
@@ -111,20 +113,31 @@ def _cache_lines(cache: CachePlan) -> list[str]:
     lines = [
         f"cache ({cache.origin}): {cache.samples:,} samples in {cache.shards:,} shards, "
         f"{cache.actors} actors on {cache.nodes} nodes",
+        *([f"  {cache.note}"] if cache.note else []),
         f"  {'group':10}{'size':>14}{'a sample':>14}{'s, alone':>12}",
     ]
-    for group, size in cache.bytes.items():
-        seconds = cache.seconds_per_sample.get(group)
-        alone = "" if seconds is None else f"{seconds:.4f}"
-        lines.append(f"  {group:10}{_size(size):>14}{_size(size / cache.samples):>14}{alone:>12}")
+    seconds = cache.seconds_per_sample
+    for group, count in cache.bytes.items():
+        alone = rounded(seconds[group]) if group in seconds else ""
+        lines.append(f"  {group:10}{size(count):>14}{size(count / cache.samples):>14}{alone:>12}")
+    together = rounded(cache.seconds_together) if cache.seconds_together else ""
+    each = size(cache.total_bytes / cache.samples)
+    lines.append(f"  {'together':10}{size(cache.total_bytes):>14}{each:>14}{together:>12}")
+    if len(seconds) > 1:
+        lines.append(
+            "  together is less than the sum: alone, each reads the pictures, and the teachers "
+            "encode them, for itself"
+        )
     keeping = cache.bookkeeping
-    hours = "not known: --measure finds out" if cache.hours is None else _duration(cache.hours)
+    hours = "not known: --measure finds out"
+    if cache.hours is not None:
+        hours = duration(3600 * cache.hours) if cache.hours else "none, it is there"
     return [
         *lines,
-        f"  {'together':10}{_size(cache.total_bytes):>14}  {hours}",
-        f"  kept in {keeping['files']:,} files and a manifest of {_size(keeping['manifest'])}; "
-        f"memory for it: {_size(keeping['driver'])} in the build's driver, "
-        f"{_size(keeping['worker'])} in each training worker",
+        f"  time to build it: {hours}",
+        f"  kept in {keeping['files']:,} files and a manifest of {size(keeping['manifest'])}; "
+        f"memory for it: {size(keeping['driver'])} in the build's driver, "
+        f"{size(keeping['worker'])} in each training worker",
     ]
 
 
@@ -132,43 +145,44 @@ def _training_lines(training: TrainingPlan) -> list[str]:
     kinds = list(next(iter(training.memory.values())))
     for stage in training.memory.values():
         kinds += [kind for kind in stage if kind not in kinds]
-    lines = [
+
+    def row(name: str, values: Iterable[float]) -> str:
+        return "  " + name.ljust(16) + "".join(f"{rounded(value, 3):>10}" for value in values)
+
+    memory = training.memory
+    return [
         f"training: {training.parameters / 1e6:,.1f} M parameters, {training.workers} workers on "
-        f"{training.nodes} nodes, {training.micro_batch} samples at a time",
-        "  " + "".join([f"{'GB a worker':14}", *(f"{f'ZeRO {at}':>10}" for at in training.memory)]),
+        f"{training.nodes} nodes, {training.micro_batch} samples at a time, "
+        f"{rounded(training.flops_per_sample / 1e12, 3)} TFLOP each",
+        "  " + "GB a worker".ljust(16) + "".join(f"{f'ZeRO {at}':>10}" for at in memory),
+        *(row(kind, (stage.get(kind, 0) / GB for stage in memory.values())) for kind in kinds),
+        row("together", (sum(stage.values()) / GB for stage in memory.values())),
+        row("sent a step, GB", (count / GB for count in training.sent.values())),
+        row("a step, s", training.seconds_by_stage.values()),
+        *_stage_lines(training),
+        f"  a step: {duration(training.step_seconds)} = {duration(training.compute)} computing "
+        f"({training.origin}) + {duration(training.communication)} communication; "
+        f"{duration(training.reading)} reading beside it",
+        f"  a checkpoint: {size(training.checkpoint_bytes)}, "
+        f"{duration(training.checkpoint_seconds)}, of which training waits "
+        f"{duration(training.stall)}; {size(training.bytes_kept)} are kept",
+        f"  {training.steps:,} steps, {rounded(training.epochs, 3)} epochs: "
+        f"{duration(3600 * training.hours)}",
     ]
-    for kind in kinds:
-        cells = (f"{stage.get(kind, 0) / GB:10.2f}" for stage in training.memory.values())
-        lines.append("  " + "".join([f"{kind:14}", *cells]))
-    totals = (f"{sum(stage.values()) / GB:10.2f}" for stage in training.memory.values())
-    lines.append("  " + "".join([f"{'together':14}", *totals]))
+
+
+def _stage_lines(training: TrainingPlan) -> list[str]:
+    """Which ZeRO stages fit, and which is cheapest, where there is a choice."""
+    if len(training.memory) == 1:
+        return []
+    fits = ""
     if training.smallest_stage is not None:
-        lines.append(
-            f"  fits {training.limit / GB:.1f} GB from stage {training.smallest_stage} on; the run "
-            f"has stage {training.stage}"
-        )
-    share = "".join(f"{size / GB:10.3f}" for size in training.sent.values())
-    lines += [
-        "  " + f"{'sent a step':14}" + share,
-        f"  a step: {training.step_seconds:.4g} s ({1 / training.step_seconds:.4g} a second) = "
-        f"{training.compute:.4g} computing ({training.origin}) + {training.communication:.4g} "
-        f"communication; {training.reading:.4g} reading beside it",
-        f"  a checkpoint: {_size(training.checkpoint_bytes)}, "
-        f"{training.checkpoint_seconds:.1f} s, of which training waits {training.stall:.1f}; "
-        f"{_size(training.bytes_kept)} are kept",
-        f"  {training.steps:,} steps, {training.epochs:.2f} epochs: {_duration(training.hours)}",
+        fits = f"fits {size(training.limit)} from stage {training.smallest_stage} on; "
+    best, asked = training.cheapest_stage, training.stage
+    if training.seconds_by_stage[best] == training.seconds_by_stage[asked]:
+        return [f"  {fits}the run's stage {asked} is as fast as any that fits"]
+    longer = training.seconds_by_stage[asked] / training.seconds_by_stage[best] - 1
+    return [
+        f"  {fits}cheapest is workers.zero_stage: {best}; steps of the run's stage {asked} take "
+        f"{longer:.0%} longer"
     ]
-    return lines
-
-
-def _size(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _duration(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.memory import FP32, buffer_bytes, sent_bytes, worker_bytes
@@ -11,6 +13,7 @@ from tinyflux.model.zoo import resolve_device
 from tinyflux.plan.cache import CachePlan
 from tinyflux.plan.cluster import GB, ClusterConfig
 from tinyflux.plan.work import StepWork, calibrate, step_work
+from tinyflux.util.config import dtype_name
 
 # CUDA's context, cuBLAS, NCCL and what the allocator cannot use.
 GPU_RESERVE = 2 * GB
@@ -32,6 +35,9 @@ class TrainingPlan:
         compute, communication, reading: seconds of a step; the first two follow each other,
             reading goes on beside them.
         sent: bytes that a worker sends in a step, by ZeRO stage.
+        seconds_by_stage: of a step.
+        cheapest_stage: whose steps are shortest among those that fit and, where several are, that
+            needs least memory.
         checkpoint_bytes: of one; ``checkpoint_seconds`` to gather and write it.
         stall: seconds that training waits for each.
         bytes_kept: of the run directory's checkpoints and of ``final/``.
@@ -52,6 +58,8 @@ class TrainingPlan:
     communication: float
     reading: float
     sent: dict[int, int]
+    seconds_by_stage: dict[int, float]
+    cheapest_stage: int
     checkpoint_bytes: int
     checkpoint_seconds: float
     stall: float
@@ -92,23 +100,7 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
         _check_memory(memory, fitting, stage, limit, micro_batch)
     _check_host(work, run, each)
 
-    flops = work.flops / micro_batch
-    seconds = micro_batch * flops / cluster.flops if cluster.flops else None
-    origin = f"{cluster.mfu:.0%} of the stated peak"
-    if calibrated:
-        if workers.use_gpu and resolve_device("auto").type != "cuda":
-            raise ConfigError(
-                "--calibrate measures this machine, which has no GPU, for a run with "
-                "workers.use_gpu: calibrate on a node of the cluster, or state cluster.gpu"
-            )
-        device = resolve_device("cuda" if workers.use_gpu else "cpu")
-        seconds = calibrate(run.model, trainer, micro_batch, cache.grid, device)
-        origin = "steps on this machine"
-    if seconds is None:
-        raise ConfigError(
-            "the workers' speed is not known: set cluster.gpu or cluster.tflops, or let "
-            "--calibrate measure a few steps here"
-        )
+    seconds, origin = _seconds(run, work, micro_batch, cache.grid, calibrated)
     sent = {at: sent_bytes(work.parameters, work.trainable, count, at, parts) for at in stages}
     link = cluster.network if nodes > 1 else cluster.link_gb_per_s * GB
     read = trainer.batch_size * cache.bytes_read / cluster.storage(nodes)
@@ -119,7 +111,8 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
     stall = gathering + (0.0 if trainer.async_checkpoints else writing)
     every = trainer.save_every_steps
     saved = trainer.total_steps // every if every else 0
-    step = max(parts * seconds + sent[stage] / link, read)
+    steps = {at: max(parts * seconds + sent[at] / link, read) for at in stages}
+    step = steps[stage]
     interval = every * step if every else 0.0
     if trainer.async_checkpoints and saved:
         stall += max(0.0, writing - interval)  # the next one waits for the one before
@@ -130,7 +123,7 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
         workers=count,
         nodes=nodes,
         micro_batch=micro_batch,
-        flops_per_sample=flops,
+        flops_per_sample=work.flops / micro_batch,
         memory=memory,
         limit=limit,
         stage=stage,
@@ -139,6 +132,8 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
         communication=sent[stage] / link,
         reading=read,
         sent=sent,
+        seconds_by_stage=steps,
+        cheapest_stage=min(fitting if limit else stages, key=lambda at: (steps[at], -at)),
         checkpoint_bytes=size,
         checkpoint_seconds=gathering + writing,
         stall=stall,
@@ -146,6 +141,34 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
         steps=trainer.total_steps,
         epochs=samples / (cache.samples * (1 - trainer.val_fraction)),
         hours=(trainer.total_steps * step + saved * stall) / 3600,
+    )
+
+
+def _seconds(
+    run: Any, work: StepWork, micro_batch: int, grid: tuple[int, int], calibrated: bool
+) -> tuple[float, str]:
+    """Seconds that a worker computes for a micro-batch, and what they come from."""
+    workers, trainer = run.workers, run.trainer
+    if calibrated:
+        if workers.use_gpu and resolve_device("auto").type != "cuda":
+            raise ConfigError(
+                "--calibrate measures this machine, which has no GPU, for a run with "
+                "workers.use_gpu: calibrate on a node of the cluster, or state cluster.gpu"
+            )
+        device = resolve_device("cuda" if workers.use_gpu else "cpu")
+        return calibrate(run.model, trainer, micro_batch, grid, device), "steps on this machine"
+    speed = run.cluster.speed(trainer.dtype, workers.use_gpu).products
+    if speed:
+        precision = f" of {dtype_name(trainer.dtype)}" if workers.use_gpu else ""
+        return work.flops / speed, f"{run.cluster.mfu:.0%} of the peak{precision}"
+    stated = "cluster.gpu or cluster.tflops"
+    if workers.use_gpu and trainer.dtype == torch.float32:
+        stated = "cluster.gpu or cluster.tflops_float32"
+    if run.cluster.gpus_per_node and not workers.use_gpu:
+        stated = "workers.use_gpu, since the cluster's GPUs say nothing of workers on CPUs,"
+    raise ConfigError(
+        f"the workers' speed is not known: set {stated}, or let --calibrate measure a few steps "
+        f"here"
     )
 
 
