@@ -6,8 +6,8 @@ config and option (checkpointing, precision) and need no formula of their own.
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def step_work(
     """
     few = {kind: min(1, getattr(config, kind)) for kind in BLOCK_COUNTS}
 
-    def count(blocks: Mapping[str, int]) -> StepWork:
+    def count(blocks: dict[str, Any]) -> StepWork:
         return count_step(dataclasses.replace(config, **blocks), trainer, micro_batch, grid)
 
     first = count(few)
