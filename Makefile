@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 FRESH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types format constraints clean
+.PHONY: help demo test test-all check lint types format constraints clean
+
+# More tests at a time than cores: most of a test's time is waiting for processes.
+WORKERS ?= 4
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS)
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,11 +17,14 @@ help:  ## show the targets
 demo: $(VENV)/.installed  ## the whole system on real pictures, in about ten minutes (FRESH=1 starts over)
 	$(BIN)/python -m tinyflux demo $(if $(FRESH),--fresh)
 
-test: $(VENV)/.installed  ## every test
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## the tests, but for the long ones that break things
+	$(PYTEST) -m "not fault"
 
-test-fast: $(VENV)/.installed  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test-all: $(VENV)/.installed  ## every test: also kills, cut wires, lost nodes, a launched cluster
+	TINYFLUX_LAUNCH=1 $(PYTEST)
+
+check: lint types  ## lint, types and the tests that take seconds
+	$(PYTEST) -m "not slow and not fault"
 
 lint: $(VENV)/.installed  ## format, style and layering
 	$(BIN)/ruff format --check

@@ -4,15 +4,13 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+from tests.waiting import PATIENCE, answers, free_ports, wait_for
 
 ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -60,7 +58,7 @@ class Cluster:
             # Processes that start 30 s before the agent that takes their figures send none, ever.
             return answers(f"{self.address}/api/jobs/") and answers(self.metrics)
 
-        wait_for(up, 120)
+        wait_for(up)
 
     def start(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """``ray job submit`` as for nodes that have the packages."""
@@ -114,33 +112,9 @@ def _descends(process: Path, ancestor: int) -> bool:
     return False
 
 
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.3)
-
-
-def answers(url):
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def finish(process):
     """Exit status and everything printed."""
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, output
 
 

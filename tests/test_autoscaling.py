@@ -7,9 +7,9 @@ import httpx
 import pytest
 import yaml
 
+from tests.deployment import deploy
 from tests.ray_head import ROOT, answers, free_ports, running_cluster, wait_for
 from tests.serving_place import make_place
-from tests.test_http import deploy
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.serving.engine import ServeConfig

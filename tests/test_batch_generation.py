@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.ray_head import ROOT, running_cluster, wait_for
+from tests.ray_head import ROOT
 from tests.serving_place import make_place
+from tests.waiting import PATIENCE, wait_for
 from tests.worlds import zoo_config
 from tinyflux.errors import InputError
 from tinyflux.model.loader import load_model
@@ -79,12 +80,6 @@ def test_no_prompts_and_no_file_are_said(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = make_place(tmp_path_factory.mktemp("batch"))
     colours, things = ["red", "blue", "green"], ["circle", "square"]
@@ -106,7 +101,7 @@ def start(config, place, environment):
 
 def run(config, place, environment):
     driver = start(config, place, environment)
-    assert driver.wait(240) == 0, Path(f"{config.output_dir}.log").read_text()[-3000:]
+    assert driver.wait(PATIENCE) == 0, Path(f"{config.output_dir}.log").read_text()[-3000:]
 
 
 def pictures(config):
@@ -114,6 +109,7 @@ def pictures(config):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
     config = SampleConfig(
         prompts_file=str(place / "prompts.jsonl"), checkpoint=str(place / "model"),
@@ -133,9 +129,7 @@ def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
     def more(driver):
         """Wait for another picture; the job goes on."""
         before = len(list(output.glob("0*.png")))
-        wait_for(
-            lambda: len(list(output.glob("0*.png"))) > before or driver.poll() is not None, 120
-        )
+        wait_for(lambda: len(list(output.glob("0*.png"))) > before or driver.poll() is not None)
         assert driver.poll() is None
 
     driver = start(killed, place, head.environment)
@@ -148,7 +142,7 @@ def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
             driver = start(killed, place, head.environment)
         elif pids := head.processes(b"_Drawer"):
             os.kill(chance.choice(pids), signal.SIGKILL)
-    assert driver.wait(240) == 0, Path(f"{output}.log").read_text()[-3000:]
+    assert driver.wait(PATIENCE) == 0, Path(f"{output}.log").read_text()[-3000:]
     assert pictures(killed) == whole
 
     # One that is lost is drawn again, and nothing else is.

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.caches import CAPTIONS, assert_same, changed, make, rows_by_key
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
 from tinyflux.cache.dataset import CachedDataset
@@ -30,8 +30,6 @@ from tinyflux.trainer.cache_experts import DatasetCache, EncodingCache
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.step import training_loss
 
-CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in
-            ("circle", "square", "heart", "star")]  # fmt: skip
 GROUPS = ("latents", "text", "lune", "sol")
 
 
@@ -51,42 +49,6 @@ def configs(tmp_path, world):
         CacheConfig(str(tmp_path / "cache"), rows_per_shard=4, batch_size=3),
         student_config(),
     )
-
-
-def changed(configs, **sections):
-    """``configs`` with other fields, as ``data={"folder": ...}``."""
-    new = {name: replace(getattr(configs, name), **values) for name, values in sections.items()}
-    return replace(configs, **new)
-
-
-def make(configs):
-    return build(configs, LocalRunner(configs))
-
-
-def rows_by_key(path):
-    """Every sample's tensors and caption, by key."""
-    dataset = CachedDataset(path)
-    keys, captions = dataset.keys(), dataset.captions()
-    assert len(set(keys)) == len(keys)
-    found = {}
-    for _, run in dataset.grids():
-        columns = dataset.read(run)
-        for at, row in enumerate(run):
-            tensors = {name: values[at] for name, values in columns.items()}
-            found[keys[row]] = (captions[row], tensors)
-    return found
-
-
-def assert_same(one, other, tolerance=0.0):
-    found, expected = rows_by_key(one), rows_by_key(other)
-    assert found.keys() == expected.keys()
-    for key, (caption, tensors) in expected.items():
-        assert found[key][0] == caption
-        assert found[key][1].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(
-                found[key][1][name], tensor, rtol=tolerance, atol=tolerance, msg=name
-            )
 
 
 def computed(configs):
@@ -425,6 +387,7 @@ def test_a_store_that_refuses_writes_ends_with_a_sentence_and_resumes(configs, p
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processes):
     """SIGKILL while files are being made and written, again and again, then one run to the end."""
     straight = changed(configs, cache={"path": f"{configs.cache.path}-straight"})

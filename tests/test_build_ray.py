@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ray_head import running_cluster, wait_for
-from tests.test_build import CAPTIONS, assert_same, changed
+from tests.caches import CAPTIONS, assert_same, changed
+from tests.waiting import PATIENCE, wait_for
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.dataset import CachedDataset
@@ -45,12 +45,6 @@ def test_an_actor_that_this_machine_cannot_hold_is_refused(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
 def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     captions = [f"{size} {caption}" for size in ("small", "large") for caption in CAPTIONS]
@@ -75,6 +69,7 @@ def start(configs, head):
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(configs, head):
     """Six SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
     mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
@@ -97,13 +92,13 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
             drivers += 1
             driver.wait()
         else:
-            assert driver.wait(timeout=240) == 0  # the actor was replaced
+            assert driver.wait(timeout=PATIENCE) == 0  # the actor was replaced
         if (mine.store.directory / "manifest.json").exists():
             assert_same(mine.store.directory, configs.store.directory)
             (mine.store.directory / "manifest.json").unlink()
             for path in sorted(receipts.glob("*.json"))[::2]:
                 path.unlink()
-    assert start(mine, head).wait(timeout=240) == 0
+    assert start(mine, head).wait(timeout=PATIENCE) == 0
     assert_same(mine.store.directory, configs.store.directory)
     assert (
         CachedDataset(mine.store.directory).keys() == CachedDataset(configs.store.directory).keys()
@@ -111,6 +106,7 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, head, monkeypatch):
     from ray.cluster_utils import Cluster
@@ -128,9 +124,9 @@ def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, 
             env={**head.environment, "RAY_ADDRESS": cluster.address},
             cwd=Path(__file__).parents[1],
         )
-        wait_for(lambda: len(list(mine.store.directory.glob("receipts/*.json"))) >= 2, 120)
+        wait_for(lambda: len(list(mine.store.directory.glob("receipts/*.json"))) >= 2)
         cluster.remove_node(nodes[1], allow_graceful=False)
-        assert driver.wait(timeout=240) == 0
+        assert driver.wait(timeout=PATIENCE) == 0
     finally:
         cluster.shutdown()
         del cluster, nodes

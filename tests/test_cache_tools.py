@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.test_build import CAPTIONS, assert_same, changed, make
+from tests.caches import CAPTIONS, assert_same, changed, make
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache import build as build_module
 from tinyflux.cache.build import BuildConfigs, LocalRunner, claim, estimate

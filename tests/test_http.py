@@ -18,7 +18,8 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-from tests.ray_head import ENVIRONMENT, ROOT, answers, free_ports, running_cluster, wait_for
+from tests.deployment import deploy
+from tests.ray_head import ROOT, answers, free_ports, running_cluster, wait_for
 from tests.serving_place import make_place, save_student
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
@@ -51,13 +52,6 @@ class Server:
 
     def wait_until(self, condition, seconds=60):
         wait_for(lambda: (said := self.replica()) is not None and condition(said), seconds)
-
-
-def deploy(cluster, file):
-    subprocess.run(
-        [str(Path(sys.executable).parent / "serve"), "deploy", "--address", cluster.address, file],
-        env=ENVIRONMENT, check=True, capture_output=True,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

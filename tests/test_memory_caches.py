@@ -3,7 +3,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.test_cache import CAPTIONS
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.model import TinyFluxDeep
@@ -15,6 +14,8 @@ from tinyflux.trainer.cache_experts import (
     SolFeatureCache,
 )
 from tinyflux.trainer.trainer import Trainer, TrainerConfig
+
+CAPTIONS = ["red circle", "blue square", "green heart", "a yellow star", "white moon"]
 
 
 @pytest.fixture(scope="module")

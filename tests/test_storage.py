@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.caches import assert_same, make
 from tests.s3_server import BUCKET, s3_server
-from tests.test_build import assert_same, make
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs
 from tinyflux.cache.dataset import CachedDataset

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load
 
-from tests.ray_head import ROOT, running_cluster, wait_for
+from tests.ray_head import ROOT, running_cluster
 from tests.s3_server import BUCKET, s3_server
+from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.sources import DataConfig
@@ -27,7 +28,7 @@ from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.config import TrainerConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 STEPS = 80
 
 
@@ -75,13 +76,13 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         first = start("run", "run.yaml")
         try:
             # While the cache is built, and again while the run is trained.
-            wait_for(lambda: bucket.list("cache/receipts") or first.poll() is not None, 120)
+            wait_for(lambda: bucket.list("cache/receipts") or first.poll() is not None)
             s3.wire.cut()
             time.sleep(2)
             s3.wire.mend()
-            wait_for(lambda: checkpoints() or first.poll() is not None, 240)
+            wait_for(lambda: checkpoints() or first.poll() is not None)
             s3.wire.cut_after(50_000)
-            wait_for(lambda: len(checkpoints()) > 1 or first.poll() is not None, 60)
+            wait_for(lambda: len(checkpoints()) > 1 or first.poll() is not None)
             assert first.poll() is None
         finally:
             os.killpg(first.pid, signal.SIGKILL)
@@ -89,11 +90,11 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         assert "[2/4] train" in said, said
         assert max(checkpoints()) < STEPS
         assert s3.wire.refused > 1
-        wait_for(lambda: not ray.processes(b"RayTrainWorker"), 60)
+        wait_for(lambda: not ray.processes(b"RayTrainWorker"))
         shutil.rmtree(local)  # as another machine, which has nothing but the bucket
 
         second = start("run", "run.yaml")
-        said = second.communicate(timeout=400)[0]
+        said = second.communicate(timeout=PATIENCE)[0]
         assert second.returncode == 0, said
         assert "continuing from" in said
         assert "Traceback" not in said, said
@@ -106,7 +107,7 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         assert steps == list(range(10, STEPS + 1, 10))
 
         drawn = start("sample", "--config", "run.yaml")
-        said = drawn.communicate(timeout=200)[0]
+        said = drawn.communicate(timeout=PATIENCE)[0]
         assert drawn.returncode == 0, said
         for place in range(3):
             picture = bucket.read(f"run/drawn/{place:05d}.png")
@@ -117,7 +118,7 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
                 prompt=CAPTIONS[0], negative_prompt="", num_steps=1, guidance_scale=1.0,
                 height=16, width=16, seed=0,
             )  # fmt: skip
-            assert engine.submit(request).result(timeout=60) is not None
+            assert engine.submit(request).result(timeout=PATIENCE) is not None
         finally:
             engine.close()
 
@@ -127,11 +128,11 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         )
         save_run_config(straight, tmp_path / "straight.yaml")
         done = start("run", "straight.yaml")
-        said = done.communicate(timeout=300)[0]
+        said = done.communicate(timeout=PATIENCE)[0]
         assert done.returncode == 0, said
         assert "held-out velocity loss" in (tmp_path / "run" / "report.html").read_text()
         again = start("run", "straight.yaml")
-        said = again.communicate(timeout=60)[0]
+        said = again.communicate(timeout=PATIENCE)[0]
         assert again.returncode == 0
         assert said.count("done before") == 4
         found = load(bucket.read("run/final/model.safetensors"))

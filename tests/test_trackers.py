@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_trainer import make_trainer, weights
+from tests.trainers import make_trainer, weights
 from tinyflux.errors import ConfigError, MissingDependencyError
 from tinyflux.trainer import trackers
 from tinyflux.trainer.metrics import read_metrics

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ray_head import running_cluster, wait_for
+from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.extract import CacheConfig
@@ -28,7 +28,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import to_dict
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fault]
 KILLS, EVERY, STEPS = 10, 5, 100
 LONG = 800  # while the second node comes
 JOB = """
@@ -43,12 +43,6 @@ ray.train.ScalingConfig = functools.partial(
 )
 train(from_dict(RunConfig, json.loads(sys.argv[1]), "test"))
 """
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +89,7 @@ def start(run, environment):
 def finish(run, environment):
     driver = start(run, environment)
     try:
-        assert driver.wait(timeout=300) == 0, log_of(run)
+        assert driver.wait(timeout=PATIENCE) == 0, log_of(run)
     finally:
         driver.kill()
 
@@ -126,7 +120,7 @@ def test_ten_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
     while len(victims) < KILLS:
         # Each life gets at least one checkpoint further, so the ten deaths are ten places.
         before = saved(killed)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while saved(killed) <= before and driver.poll() is None:
             assert time.monotonic() < deadline, log_of(killed)
             time.sleep(0.1)
@@ -136,7 +130,7 @@ def test_ten_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
             driver.kill()
             driver.wait()
             # Its workers end with it; the next ones must not meet them.
-            wait_for(lambda: not head.processes(b"RayTrainWorker"), 60)
+            wait_for(lambda: not head.processes(b"RayTrainWorker"))
             victims.append("driver")
             driver = start(killed, head.environment)
         else:
@@ -145,7 +139,7 @@ def test_ten_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
             if pids:
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 victims.append(title.decode())
-    assert driver.wait(timeout=300) == 0, log_of(killed)
+    assert driver.wait(timeout=PATIENCE) == 0, log_of(killed)
     assert len(set(victims)) > 1
     first, second = final(straight), final(killed)
     assert first.keys() == second.keys()
@@ -183,10 +177,10 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
 
     def reached(sizes):
         """A group of the last of these sizes, after the others, has made a checkpoint."""
-        wait_for(lambda: groups() == sizes or driver.poll() is not None, 240)
+        wait_for(lambda: groups() == sizes or driver.poll() is not None)
         assert groups() == sizes, log_of(elastic)
         before = saved(elastic)
-        wait_for(lambda: saved(elastic) > before or driver.poll() is not None, 240)
+        wait_for(lambda: saved(elastic) > before or driver.poll() is not None)
         assert driver.poll() is None, log_of(elastic)
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -198,7 +192,7 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
         second = cluster.add_node(num_cpus=1)
         reached(["1", "2"])
         cluster.remove_node(second, allow_graceful=False)
-        assert driver.wait(timeout=300) == 0, log_of(elastic)
+        assert driver.wait(timeout=PATIENCE) == 0, log_of(elastic)
     finally:
         cluster.shutdown()
         cluster = second = None

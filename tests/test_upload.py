@@ -10,7 +10,7 @@ import pytest
 
 from tests.hub_server import running_hub
 from tests.ray_head import ROOT
-from tests.test_trainer import make_trainer
+from tests.trainers import make_trainer
 
 TOKEN = "hf_" + "s" * 34
 # In a process of its own: huggingface_hub reads its environment once.
@@ -18,7 +18,7 @@ JOB = """
 import json, logging, sys, time
 from pathlib import Path
 logging.basicConfig(level=logging.INFO)
-from tests.test_trainer import make_trainer, weights
+from tests.trainers import make_trainer, weights
 from tinyflux.trainer import upload
 upload.CLOSE_SECONDS = float(sys.argv[3])
 upload.Uploader.__init__.__defaults__ = (0.05,)

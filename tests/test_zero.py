@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.test_step import MODEL, make_batch
+from tests.students import MODEL, make_batch
 from tinyflux.errors import ConfigError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint, save_checkpoint

@@ -1,5 +1,8 @@
 """An untrained world of the smallest sizes, with a VAE of the teachers' own."""
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,7 +26,16 @@ SIZES = WorldSizes(
 
 
 def make_world(folder: Path, seed: int = 0) -> Path:
-    return build_untrained(folder, CAPTIONS, seed, SIZES)
+    """Write the world of ``seed`` to ``folder``; one process makes it once and copies it."""
+    return Path(shutil.copytree(Path(_made(seed).name) / "world", folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def _made(seed: int) -> "tempfile.TemporaryDirectory[str]":
+    """A directory that holds the world and goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="tinyflux-world-", ignore_cleanup_errors=True)
+    build_untrained(Path(folder.name) / "world", CAPTIONS, seed, SIZES)
+    return folder
 
 
 def zoo_config(folder: Path) -> ZooConfig:
