@@ -22,7 +22,7 @@ def app(args: dict[str, str]) -> Application:
     file = settings.pop("config", os.environ.get("TINYFLUX_CONFIG"))
     chosen = [] if file is None else ["--config", file]
     overrides = [f"--{name}={value}" for name, value in settings.items()]
-    run = parse_run_config([*chosen, *overrides], "serve")
+    run = parse_run_config([*chosen, *overrides], "tinyflux serve")
     return build_app(run.serve, run.zoo)
 
 

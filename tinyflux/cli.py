@@ -22,7 +22,7 @@ def _train(arguments: Sequence[str]) -> None:
     from tinyflux.config import keep_run_config, parse_run_config
     from tinyflux.distributed.train import train
 
-    run = parse_run_config(arguments, "train")
+    run = parse_run_config(arguments, "tinyflux train")
     keep_run_config(run)
     print(f"trained: {train(run)}", flush=True)
 
@@ -31,7 +31,7 @@ def _sample(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.serving.batch import sample_prompts
 
-    run = parse_run_config(arguments, "sample")
+    run = parse_run_config(arguments, "tinyflux sample")
     sample_prompts(run.sample, run.zoo)
 
 
@@ -39,21 +39,39 @@ def _serve(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.serving.app import run_server
 
-    run = parse_run_config(arguments, "serve")
+    run = parse_run_config(arguments, "tinyflux serve")
     run_server(run.serve, run.zoo)
 
 
 def _export(arguments: Sequence[str]) -> None:
+    what = "write the run's student as a diffusers pipeline that needs no TinyFlux"
+    place, rest = _first("export", arguments, "DIRECTORY", "where to: made, or empty", what)
     from tinyflux.config import parse_run_config
     from tinyflux.pipeline.export import export
     from tinyflux.storage.copies import fetch
 
-    if not arguments or arguments[0].startswith("-"):
-        raise ConfigError("say where to: tinyflux export DIRECTORY --config FILE")
-    run = parse_run_config(arguments[1:], "export")
+    run = parse_run_config(rest, "tinyflux export DIRECTORY")
     assert run.sample.checkpoint is not None
-    place = export(fetch(run.sample.checkpoint), run.zoo, arguments[0])
-    print(f"exported {run.sample.checkpoint} to {place}")
+    made = export(fetch(run.sample.checkpoint), run.zoo, place)
+    print(f"exported {run.sample.checkpoint} to {made}")
+
+
+def _first(
+    command: str, arguments: Sequence[str], name: str, about: str, description: str
+) -> tuple[str, Sequence[str]]:
+    """A command's first argument, which is no setting, and the settings after it."""
+    parser = argparse.ArgumentParser(
+        prog=f"tinyflux {command}",
+        usage=f"tinyflux {command} {name} [--config FILE] [--section.setting VALUE ...]",
+        description=description[0].upper() + description[1:] + ".",
+        epilog="Settings are listed by `tinyflux train --help`.",
+    )
+    parser.add_argument("first", metavar=name, help=about)
+    if set(arguments) & {"-h", "--help"}:
+        parser.parse_args(["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(f"say {about.split(':')[0]}: tinyflux {command} {name} [--section.setting VALUE]")
+    return arguments[0], arguments[1:]
 
 
 def _toy(arguments: Sequence[str]) -> None:
@@ -84,20 +102,22 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.review.evaluate import evaluate
 
-    print(evaluate(parse_run_config(arguments, "evaluate")))
+    print(evaluate(parse_run_config(arguments, "tinyflux evaluate")))
 
 
 def _report(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.review.report import write_report
 
-    print(write_report(parse_run_config(arguments, "report")))
+    print(write_report(parse_run_config(arguments, "tinyflux report")))
 
 
 def _run(arguments: Sequence[str]) -> None:
+    what = "cache, train, evaluate and report, as one file says; what is done is not done again"
+    file, rest = _first("run", arguments, "FILE", "which run: its YAML file", what)
     from tinyflux.review.stages import run_file
 
-    print(run_file(arguments))
+    print(run_file([file, *rest]))
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """One YAML run file for every job, with overrides from the command line."""
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
 from tinyflux.cache.extract import CacheConfig
@@ -28,6 +30,12 @@ from tinyflux.util import config as plain
 from tinyflux.util.config import dtype_name, nearest, parse_dtype
 from tinyflux.util.files import atomic_write
 
+OPTIONS = {"config", "help", "print_config"}
+EXAMPLE = """example:
+  {prog} --config configs/demo.yaml --run_dir runs/mine --trainer.learning_rate 3e-4
+
+A setting of the command line counts before the file's, and the file's before the preset's."""
+
 register_type(torch.dtype, serializer=dtype_name, deserializer=parse_dtype)
 
 
@@ -36,10 +44,19 @@ class RunConfig:
     """Everything about a run.
 
     Attributes:
-        run_dir: where it writes.
-        preset: model settings to start from; ``model`` changes single ones.
-        mix: caches to train on together, with weights; left empty, ``cache.path`` alone.
-        cluster: what ``tinyflux plan`` plans for; no other job reads it.
+        run_dir: Where the run writes, a directory or a URL.
+        preset: Model settings to start from: default, tiny-flux-deep (the published checkpoints')
+            or toy (the demo's); ``model`` changes single ones.
+        data: Captioned pictures, and at which sizes they are encoded.
+        zoo: The frozen models: encoders and teachers.
+        cache: How the dataset is built from the pictures.
+        model: The student's architecture and what its inputs mean.
+        trainer: Training.
+        workers: The processes that train.
+        sample: Pictures that ``tinyflux sample`` draws.
+        serve: The server and its limits.
+        mix: Caches to train on together, with weights; left empty, ``cache.path`` alone.
+        cluster: What ``tinyflux plan`` plans for; no other command reads it.
     """
 
     run_dir: str = "runs/run"
@@ -56,10 +73,14 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
-def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux") -> RunConfig:
+def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux train") -> RunConfig:
     """``--config FILE`` and overrides such as ``--trainer.learning_rate 3e-4``.
 
     Relative paths become absolute, so that workers elsewhere see the same places.
+
+    Args:
+        arguments: what was typed; ``--help`` prints every setting and ends the process.
+        prog: the command, for its help.
 
     Raises:
         ConfigError: one sentence that names the key or value.
@@ -67,7 +88,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux") -> RunCon
     names = set(_names(RunConfig()))
     for argument in arguments:
         if argument.startswith("--"):
-            _check_name(argument[2:].split("=", 1)[0], names | {"config", "help"}, "--")
+            _check_name(argument[2:].split("=", 1)[0], names | OPTIONS, "--")
     for path in _config_files(arguments):
         for name in _keys(_read_yaml(path)):
             _check_name(name, names, f"{path}: ")
@@ -98,14 +119,35 @@ def _yaml(run: RunConfig) -> bytes:
     return yaml.safe_dump(plain.to_dict(run), sort_keys=False).encode()
 
 
+class _Help(DefaultHelpFormatter):
+    """Sentences without the quotes of their docstrings, and examples line by line."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return super()._expand_help(action).replace("``", "")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.splitlines())
+
+
 def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML run file")
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--section.setting VALUE ...]",
+        epilog=EXAMPLE.format(prog=prog),
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", metavar="FILE", help="A YAML run file.")
+    sentences = {
+        param.arg_name: param.description for param in docstring_parser.parse(RunConfig.__doc__).params
+    }
     for item in dataclasses.fields(RunConfig):
         default: Any = getattr(RunConfig(), item.name)
         if item.name == "model":
             default = model
-        parser.add_argument(f"--{item.name}", type=item.type, default=default)
+        parser.add_argument(
+            f"--{item.name}", type=item.type, default=default, help=sentences[item.name]
+        )
     return parser
 
 

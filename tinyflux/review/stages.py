@@ -88,7 +88,7 @@ def run_file(arguments: Sequence[str]) -> str:
     if not arguments or arguments[0].startswith("-"):
         raise TinyFluxError("say which run: tinyflux run FILE [--section.key VALUE]")
     config = ["--config", arguments[0], *arguments[1:]]
-    run = parse_run_config(config, "run")
+    run = parse_run_config(config, "tinyflux run FILE")
     keep_run_config(run)
     run_stages(list(main_stages(config).values()), run, Path.cwd())
     return join(run.run_dir, "report.html")
