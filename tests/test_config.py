@@ -1,14 +1,19 @@
+import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 
-from tinyflux.cli import run_job
-from tinyflux.config import load_run_config, parse_run_config, save_run_config
+from tinyflux.cache.mixture import MixSource
+from tinyflux.cache_cli import COMMANDS as CACHE_COMMANDS
+from tinyflux.cli import COMMANDS, run_job
+from tinyflux.config import RunConfig, load_run_config, parse_run_config, save_run_config
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import preset
+from tinyflux.model.config import PRESETS, preset
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -83,3 +88,43 @@ def test_the_command_line_answers_quickly_and_without_torch():
         [sys.executable, "-m", "tinyflux", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *(f"cache {name}" for name in CACHE_COMMANDS)])
+def test_every_command_has_a_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_job(name.split()[0], [*name.split()[1:], "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: tinyflux {name}")
+
+
+def test_a_settings_help_is_grouped_and_ends_with_an_example(capsys):
+    with pytest.raises(SystemExit):
+        parse_run_config(["--help"], "tinyflux train")
+    text = capsys.readouterr().out
+    assert "\nTraining:\n" in text
+    assert "\nThe server and its limits:\n" in text
+    for name in PRESETS:
+        assert name in text.split("--preset PRESET")[1].split("\n  --")[0]
+    assert "``" not in text
+    assert "  tinyflux train --config configs/demo.yaml --run_dir runs/mine" in text
+    words = text.split("\nexample:\n")[1].splitlines()[0].split()
+    run = parse_run_config(["--config", str(DEMO), *words[4:]])  # the example is one that works
+    assert run.trainer.learning_rate == 3e-4
+
+
+def test_every_setting_has_its_sentence():
+    sections = [RunConfig, MixSource]
+    sections += [type(value) for value in vars(RunConfig()).values() if is_dataclass(value)]
+    assert len(sections) > 9
+    for section in sections:
+        said = {
+            item.arg_name: item.description
+            for item in docstring_parser.parse(section.__doc__).params
+        }
+        names = [item.name for item in fields(section)]
+        assert sorted(said) == sorted(names), section
+        for name, sentence in said.items():
+            # In a sentence's form: a capital, or something quoted, and a full stop.
+            assert re.match(r"[A-Z`]|torch\.", sentence), f"{section}: {name}"
+            assert sentence.endswith("."), f"{section}: {name}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import tinyflux
 from tinyflux.errors import ConfigError, TinyFluxError
 
+SETTINGS_HELP = "Settings are listed by `tinyflux train --help`."
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
@@ -44,8 +45,9 @@ def _serve(arguments: Sequence[str]) -> None:
 
 
 def _export(arguments: Sequence[str]) -> None:
-    what = "write the run's student as a diffusers pipeline that needs no TinyFlux"
-    place, rest = _first("export", arguments, "DIRECTORY", "where to: made, or empty", what)
+    usage = "tinyflux export DIRECTORY --config FILE"
+    what = "Write the run's student as a diffusers pipeline that needs no TinyFlux."
+    place, rest = _first(usage, arguments, "where to", what)
     from tinyflux.config import parse_run_config
     from tinyflux.pipeline.export import export
     from tinyflux.storage.copies import fetch
@@ -57,20 +59,24 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _first(
-    command: str, arguments: Sequence[str], name: str, about: str, description: str
+    usage: str, arguments: Sequence[str], about: str, description: str
 ) -> tuple[str, Sequence[str]]:
-    """A command's first argument, which is no setting, and the settings after it."""
+    """A command's first argument, which is no setting, and the settings after it.
+
+    Args:
+        usage: ``"tinyflux COMMAND NAME ..."``.
+        about: what the first argument says, as the rest of "say ...".
+    """
+    program, command, name = usage.split()[:3]
+    usage += " [--section.setting VALUE ...]"
     parser = argparse.ArgumentParser(
-        prog=f"tinyflux {command}",
-        usage=f"tinyflux {command} {name} [--config FILE] [--section.setting VALUE ...]",
-        description=description[0].upper() + description[1:] + ".",
-        epilog="Settings are listed by `tinyflux train --help`.",
+        prog=f"{program} {command}", usage=usage, description=description, epilog=SETTINGS_HELP
     )
     parser.add_argument("first", metavar=name, help=about)
-    if set(arguments) & {"-h", "--help"}:
+    if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
-        raise ConfigError(f"say {about.split(':')[0]}: tinyflux {command} {name} [--section.setting VALUE]")
+        raise ConfigError(f"say {about}: {usage}")
     return arguments[0], arguments[1:]
 
 
@@ -113,8 +119,8 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    what = "cache, train, evaluate and report, as one file says; what is done is not done again"
-    file, rest = _first("run", arguments, "FILE", "which run: its YAML file", what)
+    what = "Cache, train, evaluate and report, as one file says; what is done is not done again."
+    file, rest = _first("tinyflux run FILE", arguments, "which run", what)
     from tinyflux.review.stages import run_file
 
     print(run_file([file, *rest]))
@@ -135,7 +141,13 @@ def _plan(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
     from tinyflux.plan.plan import make_plan
 
-    parser = argparse.ArgumentParser(prog="tinyflux plan", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="tinyflux plan",
+        usage="tinyflux plan FILE [--measure] [--calibrate] [--json] [--section.setting VALUE ...]",
+        description="Say what a run will take of a cluster, before anything is spent.",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
+    )
     parser.add_argument("file", metavar="FILE", help="YAML run file, with a `cluster` section")
     parser.add_argument(
         "--measure", action="store_true", help="index the pictures and encode a few batches on Ray"

@@ -53,10 +53,10 @@ class RunConfig:
         model: The student's architecture and what its inputs mean.
         trainer: Training.
         workers: The processes that train.
-        sample: Pictures that ``tinyflux sample`` draws.
+        sample: Pictures that `tinyflux sample` draws.
         serve: The server and its limits.
         mix: Caches to train on together, with weights; left empty, ``cache.path`` alone.
-        cluster: What ``tinyflux plan`` plans for; no other command reads it.
+        cluster: What `tinyflux plan` plans for; no other command reads it.
     """
 
     run_dir: str = "runs/run"
@@ -139,7 +139,8 @@ def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="A YAML run file.")
     sentences = {
-        param.arg_name: param.description for param in docstring_parser.parse(RunConfig.__doc__).params
+        param.arg_name: param.description
+        for param in docstring_parser.parse(RunConfig.__doc__).params
     }
     for item in dataclasses.fields(RunConfig):
         default: Any = getattr(RunConfig(), item.name)

@@ -49,14 +49,16 @@ class CacheConfig:
     """How a dataset is built.
 
     Attributes:
-        path: directory of the dataset.
-        extract_lune, extract_sol: run that teacher.
-        num_actors: Ray actors, each with all models; ``cpus_per_actor`` and ``gpus_per_actor``
-            are what Ray reserves for one.
-        batch_size: pictures per forward.
-        rows_per_shard: the most samples that are committed together; shards are cut where their
+        path: The dataset's directory or URL.
+        extract_lune: Run the teacher Lune and keep its features.
+        extract_sol: Run the teacher Sol and keep its statistics and maps.
+        num_actors: Number of Ray actors that encode, each with all models.
+        cpus_per_actor: CPUs that Ray reserves for an actor, and its threads.
+        gpus_per_actor: GPUs that Ray reserves for an actor; 0 encodes on CPUs.
+        batch_size: Pictures of one forward.
+        rows_per_shard: The most samples that are committed together; shards are cut where their
             content says, so most are somewhat smaller.
-        seed: of the noise that teachers see.
+        seed: Seed of the noise that teachers see.
     """
 
     path: str = ""

@@ -22,9 +22,9 @@ class MixSource:
     """A cache in a mixture.
 
     Attributes:
-        path: of the cache.
-        weight: its samples in training, relative to the other caches' weights, however many rows
-            it has.
+        path: The cache's directory or URL.
+        weight: The cache's samples in training, relative to the other caches' weights, however many
+            rows it has.
     """
 
     path: str

@@ -72,21 +72,21 @@ class WorkersConfig:
     """The processes of a training run.
 
     Attributes:
-        num_workers: processes, each with its share of every batch.
-        min_workers: go on with fewer, down to this, while the cluster has no room for all, and
-            with more again when it has; None waits for all of them.
-        resize_seconds: with ``min_workers``, how often to look for room for more workers; each
+        num_workers: Number of processes, each with its share of every batch.
+        min_workers: Go on with fewer, down to this, while the cluster has no room for all, and with
+            more again when it has; None waits for all of them.
+        resize_seconds: With ``min_workers``, how often to look for room for more workers; each
             change of their number goes back to the latest checkpoint.
-        cpus_per_worker: Ray CPUs, and threads, of each.
-        use_gpu: give each worker a GPU.
+        cpus_per_worker: Ray CPUs, and threads, of each worker.
+        use_gpu: Give each worker a GPU.
         engine: ``"deepspeed"``, or ``"torch"`` for plain data parallelism.
-        zero_stage: what DeepSpeed shards: 0 nothing, 1 the optimizer's state, 2 gradients too,
-            3 weights too.
-        offload: with DeepSpeed, keep the optimizer's state in CPU memory.
-        max_failures: how often dead workers are replaced before the run gives up; -1 always.
-        evaluator_gpus: with ``use_gpu``, the share of a GPU of the process that validates and
-            draws beside training. Below 1 it comes off the workers' requests, so that a worker's
-            GPU has room for it; 0 leaves it on the CPU.
+        zero_stage: What DeepSpeed shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3
+            weights too.
+        offload: With DeepSpeed, keep the optimizer's state in CPU memory.
+        max_failures: How often dead workers are replaced before the run gives up; -1 always.
+        evaluator_gpus: With ``use_gpu``, the share of a GPU of the process that validates and draws
+            beside training. Below 1 it comes off the workers' requests, so that a worker's GPU has
+            room for it; 0 leaves it on the CPU.
     """
 
     num_workers: int = 1

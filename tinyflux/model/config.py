@@ -26,32 +26,42 @@ class TinyFluxConfig:
     """Everything that fixes the student's architecture and what its inputs mean.
 
     Attributes:
-        hidden_size: width D; ``num_attention_heads * attention_head_dim``.
-        num_double_layers: blocks in which text and image have their own weights.
-        num_single_layers: blocks over one joint sequence.
-        mlp_ratio: MLP width over ``hidden_size``.
-        use_lune_expert: predict Lune's pooled mid-block feature (``lune_expert_dim`` wide).
-        use_sol_prior: predict Sol's attention statistics and ``sol_spatial_size``-sided map.
-        sol_geometric_weight: share of the fixed, time-dependent prior at the start, in [0, 1].
-        freeze_lune, freeze_sol: keep that expert's weights as they are.
+        hidden_size: Width D of the model; it is ``num_attention_heads * attention_head_dim``.
+        num_attention_heads: Number of attention heads in every block.
+        attention_head_dim: Channels of a head.
+        num_double_layers: Number of blocks in which text and image have their own weights.
+        num_single_layers: Number of blocks over one joint sequence.
+        mlp_ratio: Width of a block's MLP over ``hidden_size``.
+        use_lune_expert: Predict Lune's pooled mid-block feature and condition on it.
+        lune_expert_dim: Width of Lune's feature.
+        lune_hidden_dim: Width of the Lune predictor.
+        freeze_lune: Keep the Lune predictor's weights as they are.
+        use_sol_prior: Predict Sol's attention statistics and map, and steer attention by them.
+        sol_spatial_size: Side of Sol's map.
+        sol_hidden_dim: Width of the Sol predictor.
+        sol_geometric_weight: Share of the fixed, time-dependent prior at the start, in [0, 1].
+        freeze_sol: Keep the Sol predictor's weights as they are.
         t5_layers: T5 hidden states whose RMS-normalised mean is the text embedding (0 is the
             embedding output); a single last layer is taken as it is.
-        t5_hidden_size: width of the text embedding.
-        use_cross_attention_sharing: one text-side q/k/v projection for all double blocks.
-        axes_dims_rope: channels of a head for (frame, row, column); sums to the head width.
-        theta: RoPE's base.
-        in_channels: channels of a latent.
-        pooled_projection_dim: width of the pooled CLIP embedding.
-        lune_dropout: dropout inside the Lune predictor.
-        use_t5_vec: condition on pooled T5 tokens beside pooled CLIP.
-        sol_num_stats: 4, or 3 (without sparsity) as in published checkpoints.
-        max_text_length: text positions L that the model sees; longer prompts are refused.
-        text_padding: what stands after a caption's last token: ``"zero"`` vectors, or
+        t5_hidden_size: Width of the text embedding.
+        use_cross_attention_sharing: Use one text-side q/k/v projection for all double blocks.
+        axes_dims_rope: Channels of a head for (frame, row, column); they add up to
+            ``attention_head_dim``.
+        theta: Base of the rotary embedding's frequencies.
+        in_channels: Channels of a latent.
+        pooled_projection_dim: Width of the pooled CLIP embedding.
+        lune_dropout: Dropout inside the Lune predictor.
+        use_t5_vec: Condition on pooled T5 tokens beside pooled CLIP.
+        sol_num_stats: Number of Sol's statistics: 4, or 3 (without sparsity) as in published
+            checkpoints.
+        max_text_length: Text positions L that the model sees.
+        text_padding: What stands after a caption's last token: ``"zero"`` vectors, or
             ``"encoder"``, T5's outputs there, as published checkpoints were trained.
-        latent_shift: the shift taken off VAE latents before scaling.
-        timestep_shift: the sampler's time shift (see ``trainer.schedules.flux_shift``).
-        timestep_shift_tokens: the picture's latents (height x width) at which it holds, if it
-            depends on the size (see ``trainer.schedules.shift_at``); None: it does not.
+        latent_shift: The shift taken off VAE latents before scaling.
+        timestep_shift: The sampler's time shift (see ``trainer.schedules.flux_shift``).
+        timestep_shift_tokens: The picture's latents (height x width) at which ``timestep_shift``
+            holds, if it depends on the size (see ``trainer.schedules.shift_at``); None: it does
+            not.
 
     Raises:
         ConfigError: sizes that do not fit together.

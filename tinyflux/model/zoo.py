@@ -331,7 +331,18 @@ class ModelZoo:
 
 @dataclass
 class ZooConfig:
-    """:class:`ModelZoo`'s arguments as a section of a run file; the rest comes from the model."""
+    """:class:`ModelZoo`'s arguments as a section of a run file; the rest comes from the model.
+
+    Attributes:
+        vae_repo: A hub repository or directory with the student's VAE, in ``vae/`` or at its root.
+        t5_repo: A hub repository or directory with T5's encoder and its tokenizer.
+        clip_repo: A hub repository or directory with CLIP's text model and its tokenizer.
+        experts_repo: A hub repository or directory with the teachers: ``lune/`` and ``sol/``, or
+            single files of SD1.5's architecture.
+        sd_repo: A hub repository or directory with the teachers' VAE.
+        device: Where the models run; ``"auto"`` is CUDA if there is one, else the CPU.
+        dtype: Precision of weights and encodings: float32, bfloat16 or float16.
+    """
 
     vae_repo: str = "black-forest-labs/FLUX.1-dev"
     t5_repo: str = "google/flan-t5-base"

@@ -48,21 +48,24 @@ class ClusterConfig:
     """What ``tinyflux plan`` is told of a cluster. What is left at 0 is not stated, nor checked.
 
     Attributes:
-        nodes: machines, all alike.
-        gpus_per_node: 0 plans for workers on CPUs.
-        gpu: one of ``GPUS``, whose memory and peak stand in for those not stated.
-        gpu_memory_gb: of one GPU, in 1e9 bytes.
-        tflops: bf16 peak of one GPU or, without GPUs, fp32 peak of one worker.
-        tflops_float32: fp32 peak of one GPU, without tensor cores.
-        mfu: share of the peak that work reaches.
-        cpus_per_node, memory_gb_per_node: of a machine, GPUs apart.
-        network_gbit: between nodes, per node and direction, in 1e9 bits a second.
-        link_gb_per_s: between GPUs of a node; 32 is PCIe 4.0 x16.
-        storage_gb: room for caches and checkpoints.
-        storage_gb_per_s: what shared storage gives one node; ``storage_gb_per_s_in_all`` all nodes
-            together, 0: as much as they ask for.
-        price_per_node_hour: in any currency.
-        samples: to plan for; 0: those of the cache, or of an estimate of it.
+        nodes: Number of machines, all alike.
+        gpus_per_node: GPUs of a machine; 0 plans for workers on CPUs.
+        gpu: The GPU's name, one of ``GPUS``, whose memory and peak stand in for those not stated.
+        gpu_memory_gb: Memory of one GPU, in 1e9 bytes.
+        tflops: The bf16 peak of one GPU or, without GPUs, the fp32 peak of one worker.
+        tflops_float32: The fp32 peak of one GPU, without tensor cores.
+        mfu: Share of the peak that work reaches.
+        cpus_per_node: CPUs of a machine.
+        memory_gb_per_node: Memory of a machine, GPUs apart, in 1e9 bytes.
+        network_gbit: What a node sends to others, and receives, in 1e9 bits a second.
+        link_gb_per_s: What a GPU sends to another of its node, in 1e9 bytes a second; 32 is PCIe
+            4.0 x16.
+        storage_gb: Room for caches and checkpoints, in 1e9 bytes.
+        storage_gb_per_s: What shared storage gives one node, in 1e9 bytes a second.
+        storage_gb_per_s_in_all: What shared storage gives all nodes together; 0: as much as they
+            ask for.
+        price_per_node_hour: Price of a machine for an hour, in any currency.
+        samples: Number of samples to plan for; 0: those of the cache, or of an estimate of it.
         caption_tokens: T5 tokens of a caption, where only those are stored.
     """
 

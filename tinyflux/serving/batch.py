@@ -42,16 +42,23 @@ class SampleConfig:
     """What to draw.
 
     Attributes:
-        prompts: the prompts; ``prompts_file`` adds one per line of a text file, or of a
-            ``.jsonl`` file with settings of their own.
-        num_steps, guidance_scale, negative_prompt: of the sampler.
-        height, width: in latents; a picture is the VAE's downscale times larger.
-        seed: the i-th prompt uses ``seed + i``.
-        checkpoint: a directory, file, hub repository or a directory's URL; None is the run's
+        prompts: The prompts, one picture each.
+        prompts_file: More prompts: one per line of a text file, or of a ``.jsonl`` file with
+            settings of their own.
+        num_steps: Denoising steps of a picture.
+        guidance_scale: Scale of classifier-free guidance; 1 is without.
+        height: Height in latents; a picture is the VAE's downscale times larger.
+        width: Width in latents.
+        seed: The i-th prompt uses ``seed + i``.
+        negative_prompt: What pictures should not show; guidance leads away from it.
+        checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
             ``final``.
-        output_dir: or a URL; None is ``drawn`` in the run directory.
-        batch_size: pictures drawn at once.
-        num_actors: processes that draw; cpus_per_actor, gpus_per_actor: what each takes.
+        output_dir: Where pictures are written, a directory or a URL; None is ``drawn`` in the run
+            directory.
+        batch_size: Pictures drawn at once.
+        num_actors: Number of processes that draw.
+        cpus_per_actor: CPUs that Ray reserves for each of them.
+        gpus_per_actor: GPUs that Ray reserves for each of them; 0 draws on CPUs.
     """
 
     prompts: list[str] = field(default_factory=list)

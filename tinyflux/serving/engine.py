@@ -46,28 +46,37 @@ class ServeConfig:
     """A server and its limits.
 
     Attributes:
-        host, port: where it listens; loopback by default.
-        checkpoint: a directory, file or hub repository; None is the run's ``final``.
-        models: more checkpoints, by the names that requests use.
-        min_replicas, max_replicas: of each model; Ray Serve keeps each one's batch about full.
-        scale_up_seconds, scale_down_seconds: how long there must be too much or too little to do.
-        cpus_per_replica, gpus_per_replica: what a replica takes.
-        http_replicas: processes that answer HTTP.
-        watch_checkpoint: swap in a checkpoint when its files change.
-        default_size, default_steps, default_guidance: of a request that says nothing; a side in
-            pixels.
-        max_steps, max_prompt_chars: limits of a request; ``max_height`` and ``max_width`` are in
-            latents.
-        max_n: pictures of one request.
-        max_body_bytes: of a request.
-        max_batch: pictures of one forward; one with guidance takes two of its rows.
-        max_queue: requests that may wait beside ``max_batch`` that are drawn.
-        prompt_cache: encoded prompts that are kept.
-        timeout_s: from a request to its picture, waiting included.
-        keep_pictures, keep_seconds: how many pictures are kept for ``url`` answers, how long.
-        api_keys_file: one key a line; None asks for no key.
-        allow_public: serve others than this machine without keys.
-        log_prompts: write prompts to the log.
+        host: The address at which it listens; loopback by default.
+        port: The port at which it listens.
+        checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
+            ``final``.
+        models: More checkpoints, by the names that requests use.
+        min_replicas: The fewest replicas of each model.
+        max_replicas: The most replicas of each model; Ray Serve keeps each one's batch about full.
+        scale_up_seconds: How long there must be too much to do before a replica is added.
+        scale_down_seconds: How long there must be too little to do before one goes.
+        cpus_per_replica: CPUs that Ray reserves for a replica.
+        gpus_per_replica: GPUs that Ray reserves for a replica; 0 draws on CPUs.
+        http_replicas: Number of processes that answer HTTP.
+        watch_checkpoint: Swap in a checkpoint when its files change.
+        default_size: Sides, in pixels, of a request that names none.
+        default_steps: Denoising steps of a request that names none.
+        default_guidance: Guidance scale of a request that names none.
+        max_steps: The most denoising steps of a request.
+        max_height: The largest height of a request, in latents.
+        max_width: The largest width of a request, in latents.
+        max_prompt_chars: The longest prompt, in characters.
+        max_n: The most pictures of one request.
+        max_body_bytes: The largest body of a request.
+        max_batch: Pictures of one forward; one with guidance takes two of its rows.
+        max_queue: Requests that may wait beside ``max_batch`` that are drawn.
+        prompt_cache: Number of encoded prompts that are kept.
+        timeout_s: Seconds from a request to its picture, waiting included.
+        keep_pictures: How many pictures are kept for ``url`` answers.
+        keep_seconds: How long a picture is kept for ``url`` answers.
+        api_keys_file: A file of keys, one a line; None asks for no key.
+        allow_public: Serve others than this machine without keys.
+        log_prompts: Write prompts to the log.
     """
 
     host: str = "127.0.0.1"

@@ -20,61 +20,130 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 class TrainerConfig:
     """Settings of a training run.
 
+    Attributes:
+        learning_rate: The largest learning rate, after the warm-up.
+        optimizer: ``"adamw"``, ``"adamw_8bit"`` (needs bitsandbytes) or ``"adafactor"``.
+        weight_decay: The optimizer's weight decay.
+        betas: The optimizer's decay rates of its two moments.
+        grad_clip: The largest gradient norm; 0 clips nothing.
+        gradient_accumulation: Number of micro-batches per optimizer step.
+        total_steps: Number of optimizer steps.
+        warmup_steps: Optimizer steps in which the learning rate rises.
+        lr_scheduler: How it falls afterwards: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        min_lr: The learning rate where cosine and linear end.
+        warmup_type: How the learning rate rises: ``"linear"`` or ``"cosine"``.
+        gradient_checkpointing: Keep no activations inside blocks and compute them again in the
+            backward pass.
+        compile_mode: torch.compile's mode: ``"default"``, ``"reduce-overhead"``, ``"max-autotune"``
+            or ``"max-autotune-no-cudagraphs"``; None does not compile.
+        shift: Time shift, of times that are 1 at the data: above 1 trains less near noise, below 1
+            more. FLUX and SD3 shift the noise level instead; their 3 is 1/3 here.
+        logit_normal_sampling: Draw times from a logit-normal distribution; else uniformly.
+        logit_mean: Mean of that distribution's logits.
+        logit_std: Standard deviation of that distribution's logits.
+        use_snr_weighting: Weigh samples by min-SNR; see ``snr_kind``.
+        snr_gamma: The signal-to-noise ratio above which min-SNR's weight no longer grows.
+        use_huber_loss: Use the Huber loss and not the squared error.
+        huber_delta: Where the Huber loss turns linear. With a delta under the residuals, which are
+            near 1, a median is learned; a flow needs a mean.
+        use_spatial_weighting: Weigh image tokens by the Sol teacher's map.
+        enable_lune: Train with the teacher Lune's features.
+        lune_weight: Weight of Lune's distillation loss.
+        lune_warmup_steps: Optimizer steps in which that weight rises.
+        lune_dropout: Share of samples whose forward does not see Lune, as in use. Lune and Sol drop
+            by one draw, so equal shares drop both together, and a dropped caption drops both.
+        lune_mode: Lune's distillation loss: ``"cosine"``, ``"mse"`` or ``"huber"``.
+        enable_sol: Train with the teacher Sol's statistics and maps.
+        sol_weight: Weight of Sol's distillation loss.
+        sol_warmup_steps: Optimizer steps in which that weight rises.
+        sol_dropout: Share of samples whose forward does not see Sol; as ``lune_dropout``.
+        text_dropout: Share of samples trained on the null caption, for guidance.
+        ema_decay: Decay of the weights' exponential moving average, which is what a run delivers.
+        checkpoint_dir: Where the plain ``Trainer`` writes checkpoints.
+        save_every_steps: Optimizer steps between checkpoints; None: no such checkpoints.
+        save_every_epochs: Epochs between checkpoints; None: no such checkpoints.
+        keep_last_n_steps: Checkpoints by steps that are kept.
+        keep_last_n_epochs: Checkpoints by epochs that are kept.
+        log_every: Optimizer steps between log lines.
+        tensorboard_dir: Where the plain ``Trainer`` writes TensorBoard's files.
+        sample_every: Optimizer steps between sample grids; None draws none.
+        sample_prompts: Prompts of the sample grids.
+        sample_dir: Where the plain ``Trainer`` writes sample grids.
+        hf_repo_id: The hub repository that checkpoints are uploaded to; None uploads nothing.
+        upload_every_steps: Optimizer steps between uploads; None: no such uploads.
+        upload_every_epochs: Epochs between uploads; None: no such uploads.
+        dtype: Precision of autocast over fp32 weights: bfloat16 or float32.
+        batch_size: Samples per optimizer step over all workers, for runs from a cache.
+        seed: Seed of the run; every draw follows from it and from the position in the run.
+        val_fraction: Held-out share of a cache.
+        validate_every: Optimizer steps between validations; None: none.
+        sample_steps: Denoising steps of sample grids.
+        sample_guidance: Guidance scale of sample grids.
+        sample_seed: Seed of sample grids.
+        sample_height: Height of sample grids' pictures, in latents; None: that of the training
+            data.
+        sample_width: Width of sample grids' pictures, in latents; None: that of the training data.
+        trackers: Who is told the numbers: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``.
+        tracker_project: The project's name there.
+        ema_warmup: Let the EMA's decay rise to ``ema_decay``.
+        shift_tokens: Latents of a picture (height x width) at which ``shift`` holds; larger
+            pictures get more noise, smaller ones less. None: it holds for all.
+        snr_kind: Whose min-SNR weight: ``"epsilon"`` prefers noisy times, ``"velocity"`` is that of
+            what is predicted.
+        async_checkpoints: Write checkpoints in a thread, from a copy in CPU memory.
+        max_nonfinite_steps: Consecutive steps with gradients that are not finite, which are
+            skipped, that end the run.
+
     Raises:
         ConfigError: a value that cannot work.
     """
 
     # Optimization
     learning_rate: float = 1e-4
-    optimizer: str = "adamw"  # "adamw", "adamw_8bit" (needs bitsandbytes), "adafactor"
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 1.0  # largest gradient norm; 0 clips nothing
-    gradient_accumulation: int = 4  # micro-batches per optimizer step
+    grad_clip: float = 1.0
+    gradient_accumulation: int = 4
 
     # Schedule
-    total_steps: int = 100000  # optimizer steps
+    total_steps: int = 100000
     warmup_steps: int = 1000
-    lr_scheduler: str = "cosine"  # "cosine", "linear", "constant"
-    min_lr: float = 0.0  # where cosine and linear end
-    warmup_type: str = "linear"  # "linear", "cosine"
+    lr_scheduler: str = "cosine"
+    min_lr: float = 0.0
+    warmup_type: str = "linear"
 
     # Memory optimization
     gradient_checkpointing: bool = False
-    compile_mode: str | None = None  # "default", "reduce-overhead", "max-autotune"
+    compile_mode: str | None = None
 
     # Flow matching
-    # Time shift, of times that are 1 at the data: above 1 trains less near noise, below 1 more.
-    # FLUX and SD3 shift the noise level instead; their 3 is 1/3 here.
     shift: float = 3.0
-    logit_normal_sampling: bool = True  # else uniform
+    logit_normal_sampling: bool = True
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
     # Loss
-    use_snr_weighting: bool = True  # see snr_kind
+    use_snr_weighting: bool = True
     snr_gamma: float = 5.0
-    # With a delta under the residuals, which are near 1, a median is learned; a flow needs a mean.
     use_huber_loss: bool = True
     huber_delta: float = 0.1
-    use_spatial_weighting: bool = False  # weigh tokens by the Sol teacher's map
+    use_spatial_weighting: bool = False
 
     # Expert distillation
     enable_lune: bool = True
     lune_weight: float = 0.1
     lune_warmup_steps: int = 1000
-    # Share of samples whose forward does not see Lune, as in use. Lune and Sol drop by one draw, so
-    # equal shares drop both together, and a dropped caption drops both.
     lune_dropout: float = 0.1
-    lune_mode: str = "cosine"  # "cosine", "mse", "huber"
+    lune_mode: str = "cosine"
 
     enable_sol: bool = True
     sol_weight: float = 0.05
     sol_warmup_steps: int = 2000
-    sol_dropout: float = 0.1  # as lune_dropout, of Sol
+    sol_dropout: float = 0.1
 
     # Text
-    text_dropout: float = 0.1  # share of samples trained on the null caption, for guidance
+    text_dropout: float = 0.1
 
     # EMA
     ema_decay: float = 0.9999
@@ -100,29 +169,26 @@ class TrainerConfig:
     upload_every_steps: int | None = None
     upload_every_epochs: int | None = None
 
-    # Precision: fp32 weights under autocast to this
+    # Precision
     dtype: torch.dtype = torch.bfloat16
 
     # Beyond the published API
-    batch_size: int = 64  # samples per optimizer step over all workers, for runs from a cache
+    batch_size: int = 64
     seed: int = 0
-    val_fraction: float = 0.05  # held-out share of a cache
-    validate_every: int | None = None  # optimizer steps
+    val_fraction: float = 0.05
+    validate_every: int | None = None
     sample_steps: int = 28
     sample_guidance: float = 5.0
     sample_seed: int = 0
-    sample_height: int | None = None  # latent rows; None: those of the training data
+    sample_height: int | None = None
     sample_width: int | None = None
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # also "wandb", "mlflow"
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     tracker_project: str = "tinyflux"
-    ema_warmup: bool = True  # let the EMA's decay rise to ema_decay; see ema_decay_at
-    # Latents of a picture (height x width) at which `shift` holds; larger pictures get more noise,
-    # smaller ones less. None: it holds for all.
+    ema_warmup: bool = True
     shift_tokens: int | None = None
-    # Whose min-SNR weight: "epsilon" prefers noisy times, "velocity" is that of what is predicted.
     snr_kind: str = "epsilon"
-    async_checkpoints: bool = True  # write them in a thread, from a copy in CPU memory
-    max_nonfinite_steps: int = 10  # consecutive skipped steps that end the run
+    async_checkpoints: bool = True
+    max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])

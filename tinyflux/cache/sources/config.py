@@ -14,28 +14,29 @@ class DataConfig:
     """Captioned pictures, and at which sizes they are encoded.
 
     Attributes:
-        folder: a path or a URL that pyarrow or fsspec opens. It holds pictures (subfolders count)
+        folder: A path or a URL that pyarrow or fsspec opens. It holds pictures (subfolders count)
             with a ``.txt`` caption of the same name beside each or a ``metadata.jsonl`` or
             ``metadata.csv`` as Hugging Face's ImageFolder has it; or WebDataset ``.tar`` files; or
             Parquet files with the pictures' bytes, as the Hub stores them. One such file will do,
             and so will a pattern such as ``shards/train-*.tar``.
         format: ``"folder"``, ``"webdataset"`` or ``"parquet"``; ``"auto"`` looks what is there.
-        image_key: column of the pictures in Parquet files.
-        caption_key: where captions are in metadata files, in a tar's ``.json`` members and in
+        image_key: The pictures' column in Parquet files.
+        caption_key: Where captions are in metadata files, in a tar's ``.json`` members and in
             Parquet files. A list of texts is as many captions of the picture.
-        caption_lines: each line of a ``.txt`` is a caption of its own.
-        mask_key: foreground masks: the column (metadata, Parquet) or the suffix (``mask`` stands
-            for ``a.mask.png`` beside ``a.png``, in folders and tars); empty: there are none.
-        resize: what to do with a picture of another size than ``width`` x ``height``: ``"error"``;
-            ``"crop"``: scale until it covers the size, then cut the middle; ``"bucket"``: the
-            same, to the nearest of many sizes, of ``areas`` and ``step``.
-        height, width: in pixels.
-        areas: for buckets, sides of squares of the wanted numbers of pixels. A picture goes to the
+        caption_lines: Take each line of a ``.txt`` as a caption of its own.
+        mask_key: Where foreground masks are: the column (metadata, Parquet) or the suffix (``mask``
+            stands for ``a.mask.png`` beside ``a.png``, in folders and tars); empty: there are none.
+        resize: What to do with a picture of another size than ``width`` x ``height``: ``"error"``;
+            ``"crop"``: scale until it covers the size, then cut the middle; ``"bucket"``: the same,
+            to the nearest of many sizes, of ``areas`` and ``step``.
+        height: Height in pixels.
+        width: Width in pixels.
+        areas: For buckets, sides of squares of the wanted numbers of pixels. A picture goes to the
             largest that it fills.
-        step: sides of buckets are multiples of it.
-        max_aspect: of buckets, longer side to shorter.
-        max_rejected: share of the pictures that may be unusable; past it, the job fails.
-        max_pixels: a larger picture is not decoded.
+        step: Sides of buckets are multiples of it.
+        max_aspect: The most that a bucket's longer side may be of its shorter.
+        max_rejected: Share of the pictures that may be unusable; past it, the job fails.
+        max_pixels: A larger picture is not decoded.
     """
 
     folder: str = ""
