@@ -1,5 +1,6 @@
 """A cache build without Ray: what is computed, what is kept, and what is refused."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -20,9 +21,12 @@ from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import CacheConfig, Extractor
+from tinyflux.cache.inspect import describe
+from tinyflux.cache.manifest import CutCaptions, Manifest
 from tinyflux.cache.mixture import CacheMixture, MixSource
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.verify import verify
 from tinyflux.distributed.data import worker_steps
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.model import TinyFluxDeep
@@ -267,6 +271,7 @@ def test_a_picture_that_changes_meanwhile_ends_the_job_and_is_found_again(config
 
 def test_features_that_are_not_finite_and_long_captions_are_rejected(configs, monkeypatch):
     (Path(configs.data.folder) / "001.txt").write_text("red " * 100)
+    configs = changed(configs, data={"long_captions": "reject"})
     teachers = Extractor.teachers
     victim = Path(configs.data.folder, "007.txt").read_text()
 
@@ -284,13 +289,128 @@ def test_features_that_are_not_finite_and_long_captions_are_rejected(configs, mo
     table = pq.read_table(configs.store.directory / manifest.rejected.path).to_pylist()
     reasons = {row["source"]: row["reason"] for row in table}
     assert reasons.keys() == {"001.png", "007.png"}
-    assert "the limit is 24" in reasons["001.png"]
+    assert reasons["001.png"].startswith(
+        "its caption has 70 tokens more than CLIP reads and 277 more than T5 does "
+    )
     assert reasons["007.png"] == "lune is not finite in float16"
     dataset = CachedDataset(configs.store.directory)
     assert victim not in dataset.captions()
     assert torch.isfinite(dataset.read(range(len(dataset)))["lune"]).all()
     with pytest.raises(InputError, match="2 of 12 pictures"):
         make(configs)
+
+
+def test_a_foreign_folder_with_two_long_captions_is_built_whole(configs, tmp_path, capsys):
+    """19 T5 tokens where a student reads 16 once ended the job of 200 pictures."""
+    captions = [CAPTIONS[index % len(CAPTIONS)] for index in range(200)]
+    captions[7] = captions[151] = "red " * 6
+    write_pictures(tmp_path / "foreign", captions, size=(8, 8))
+    foreign = changed(
+        configs, data={"folder": str(tmp_path / "foreign"), "width": 8, "height": 8},
+        cache={"extract_lune": False, "extract_sol": False, "rows_per_shard": 64,
+               "batch_size": 32},
+        model={"max_text_length": 16},
+    )  # fmt: skip
+    zoo = foreign.zoo.build(foreign.model)
+    assert zoo.t5_token_counts(captions).gt(16).sum() == 2
+    assert zoo.t5_token_counts([captions[7]]).item() == 19
+    manifest = make(foreign)
+    assert manifest.rows == 200
+    assert manifest.rejected is None
+    assert manifest.cut_captions == CutCaptions(clip=0, t5=2)
+    said = "captions cut to what the text encoders read: 0 for CLIP, 2 for T5"
+    assert f"cache: {said} (data.long_captions: reject leaves them out)" in capsys.readouterr().out
+    assert said in describe(Manifest.load(foreign.store))
+    make(foreign)
+    assert said in capsys.readouterr().out
+    dataset = CachedDataset(foreign.store.directory)
+    (row, _) = [
+        at for at, caption in enumerate(dataset.captions()) if caption == "red " * 5 + "red"
+    ]
+    wanted, _ = zoo.encode_prompts_batched(["red red red red red red"])
+    torch.testing.assert_close(dataset.read([row])["t5_embeds"], wanted, rtol=2e-3, atol=2e-3)
+    with pytest.raises(InputError, match=r"2 of 200 pictures .* 3 more than T5 does"):
+        make(changed(foreign, data={"long_captions": "reject"}))
+
+
+def test_what_to_do_with_long_captions_can_change_and_computes_nothing(configs):
+    for name in ("001", "005"):
+        (Path(configs.data.folder) / f"{name}.txt").write_text("red " * 100)
+    reject = changed(configs, data={"long_captions": "reject", "max_rejected": 0.2})
+    straight = changed(configs, cache={"path": f"{configs.cache.path}-straight"})
+    make(reject)
+    rejected = rows_by_key(configs.store.directory)
+    assert len(rejected) == len(CAPTIONS) - 2
+    assert Manifest.load(configs.store).cut_captions is None
+    assert verify(configs.store) == []
+    assert computed(configs) == NOTHING
+    manifest = Manifest.load(configs.store)
+    assert (manifest.rows, manifest.rejected) == (len(CAPTIONS), None)
+    assert manifest.cut_captions == CutCaptions(clip=2, t5=2)
+    make(straight)
+    assert_same(configs.store.directory, straight.store.directory, tolerance=2e-3)
+    assert computed(reject) == NOTHING
+    assert rows_by_key(configs.store.directory).keys() == rejected.keys()
+
+
+def test_captions_that_an_earlier_version_rejected_come_back(configs):
+    (Path(configs.data.folder) / "001.txt").write_text("red " * 100)
+    straight = changed(configs, cache={"path": f"{configs.cache.path}-straight"})
+    make(straight)
+    make(configs)
+    for path in (configs.store.directory / "receipts").glob("*.json"):
+        receipt = json.loads(path.read_text())
+        (rows,) = configs.store.directory.glob(f"shards/{receipt['shard']}.rows.*")
+        captions = pq.read_table(rows)["caption"].to_pylist()
+        del receipt["cut"]
+        reason = "the prompt 'red red ...' has 102 CLIP tokens, the limit is 32: shorten it"
+        receipt["rejected"] = [[n, reason] for n, c in enumerate(captions) if len(c) > 100]
+        path.write_text(json.dumps(receipt))
+    work = {(r.shard, r.group): r.computed for r in all_receipts(configs.store) if r.rejected}
+    assert len(work) == 4
+    make(configs)
+    after = {(r.shard, r.group): r.computed for r in all_receipts(configs.store)}
+    assert {after[what] for what in work} == {1}
+    assert_same(configs.store.directory, straight.store.directory, tolerance=2e-3)
+
+
+def test_what_was_cut_is_known_after_a_kill_and_where_rows_are_reused(configs, processes):
+    for index, name in enumerate(("001", "005", "009")):
+        (Path(configs.data.folder) / f"{name}.txt").write_text("red " * (50 + index))
+    process = start(processes, configs)
+    receipts = configs.store.directory / "receipts"
+    while process.is_alive() and not list(receipts.glob("*.text.*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (configs.store.directory / "manifest.json").exists()
+    assert list(receipts.glob("*.text.*.json"))
+    assert make(configs).cut_captions == CutCaptions(clip=3, t5=3)
+    other = changed(configs, cache={"rows_per_shard": 7})
+    assert computed(other) == NOTHING
+    assert Manifest.load(other.store).cut_captions == CutCaptions(clip=3, t5=3)
+
+
+def test_a_cache_in_which_nothing_is_cut_keeps_its_digest(configs):
+    make(configs)
+    assert "cut_captions" not in (configs.store.directory / "manifest.json").read_text()
+
+
+def test_links_out_of_the_folder_are_listed_with_what_is_rejected(configs, tmp_path):
+    (tmp_path / "secret.txt").write_text("the machine's secret")
+    caption = Path(configs.data.folder) / "004.txt"
+    caption.unlink()
+    caption.symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match=r"1 of 12 .* '004.txt' is a link that leads out"):
+        make(configs)
+    manifest = make(changed(configs, data={"max_rejected": 0.1}))
+    assert manifest.rows == len(CAPTIONS) - 1
+    assert "the machine's secret" not in CachedDataset(configs.store.directory).captions()
+    files = [path for path in configs.store.directory.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"machine's secret" in path.read_bytes()]
+    followed = make(changed(configs, data={"follow_links": True}))
+    assert followed.rows == len(CAPTIONS)
+    assert "the machine's secret" in CachedDataset(configs.store.directory).captions()
 
 
 def test_an_actor_out_of_memory_halves_its_batch(configs, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -141,6 +142,16 @@ def test_what_a_checksum_does_not_tell(configs):
     path.write_bytes(data)
     relisted(configs, path)
     assert "not finite" in verify(configs.store)[-1].what
+
+
+def test_a_column_that_says_nothing_of_itself_is_a_problem_and_no_crash(configs):
+    path = files(configs, "latents")[0]
+    table = pq.read_table(path)
+    plain = [pa.field(field.name, field.type, field.nullable) for field in table.schema]
+    pq.write_table(table.cast(pa.schema(plain)), path)
+    relisted(configs, path)
+    (problem,) = verify(configs.store)
+    assert problem.what == "column 'latents' has another shape or dtype than the manifest says"
 
 
 def test_verify_and_gc_from_the_command_line(configs, capsys, tmp_path):

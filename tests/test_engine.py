@@ -346,8 +346,16 @@ def test_a_request_waits_for_its_own_previews_and_for_no_other(place, monkeypatc
 def test_an_error_of_one_request_is_its_own(place, alone, monkeypatch):
     with opened(place, max_batch=4) as engine:
         beside = engine.submit(long())
-        with pytest.raises(InputError, match="the limit is 24"):
-            engine.submit(request(prompt="red " * 100)).result(TIMEOUT)
+        encode = engine._zoo.encode_prompts_batched
+
+        def choosy(prompts, *args, **kwargs):
+            if prompts == ["blue"]:
+                raise InputError("not blue")
+            return encode(prompts, *args, **kwargs)
+
+        monkeypatch.setattr(engine._zoo, "encode_prompts_batched", choosy)
+        with pytest.raises(InputError, match="not blue"):
+            engine.submit(request(prompt="blue")).result(TIMEOUT)
         real = engine._zoo.decode_latents
 
         def broken(latents, shift=None):

@@ -145,11 +145,23 @@ def test_a_callback_sees_every_step_and_can_change_it(pipe):
     assert not found.any()
 
 
+def test_long_prompts_are_cut_as_the_sampler_cuts_them(pipe, sampler, caplog):
+    wanted = sampler.generate(["red circle " * 30], 5, 2.0, 4, 6, seed=3, negative_prompt="green")
+    assert [text for text in caplog.messages if "have more tokens than CLIP reads (32)" in text]
+    caplog.clear()
+    found = pipe(
+        "red circle " * 30, "green", guidance_scale=2.0, latents=noise(3), output_type="pt", **SIZE
+    ).images
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    cut = [text for text in caplog.messages if "what is beyond is left out" in text]
+    assert [text.split(" tokens that ")[0] for text in cut] == [
+        "1 of 1 prompts have more than the 24", "1 of 1 prompts have more than the 32"
+    ]  # fmt: skip
+
+
 def test_mistakes_are_one_sentence(pipe, place, tmp_path, capsys):
     with pytest.raises(ValueError, match="multiples of 4"):
         pipe("red circle", height=15)
-    with pytest.raises(ValueError, match="the limit is 24"):
-        pipe("red circle " * 30, **SIZE)
     with pytest.raises(ValueError, match="choose from"):
         pipe("red", callback_on_step_end_tensor_inputs=["noise"], **SIZE)
     with pytest.raises(ValueError, match=r"latents must be \[1, 4, 4, 6\]"):

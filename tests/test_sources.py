@@ -8,6 +8,7 @@ import struct
 import tarfile
 import uuid
 import zlib
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -258,7 +259,7 @@ def test_a_failing_storage_costs_no_picture(kind, tmp_path, monkeypatch):
 
     failing = filesystem.Place(fs.PyFileSystem(fs.FSSpecHandler(Failing())), "/data")
     for module in ("folder", "webdataset", "parquet", "units"):
-        monkeypatch.setattr(f"tinyflux.cache.sources.{module}.open_place", lambda _: failing)
+        monkeypatch.setattr(f"tinyflux.cache.sources.{module}.open_place", lambda *_: failing)
     with pytest.raises(InputError, match=r"cannot be read now \(the network is down"):
         list(read_unit(data, units[0]))
     with pytest.raises(InputError, match=r"cannot be read now \(the network is down"):
@@ -311,6 +312,144 @@ def test_a_name_that_is_not_text_is_named(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(PICTURES["a"])
     with pytest.raises(InputError, match="whose name is not UTF-8 text"):
         list_units(DataConfig(str(tmp_path)))
+
+
+SECRET = b"root:x:0:0"
+LEAVES = "is a link that leads out of data.folder: "
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """Pictures, and beside them links that leave the folder and links that do not."""
+    write({"secret.txt": SECRET, "secret.png": PICTURES["c"], "pool/d.png": PICTURES["b"],
+           "pool/d.txt": b"green"}, tmp_path / "outside")  # fmt: skip
+    root, outside = tmp_path / "data", tmp_path / "outside"
+    write({"a.png": PICTURES["a"], "a.txt": b"red", "sub/b.png": PICTURES["b"],
+           "sub/b.txt": b"blue"}, root)  # fmt: skip
+    (root / "alias.png").symlink_to("a.png")
+    (root / "alias.txt").symlink_to(root / "a.txt")
+    (root / "loop").symlink_to(".")
+    (root / "sub" / "up").symlink_to("..")
+    (root / "sub" / "self").symlink_to("self")
+    (root / "dangling.png").symlink_to("nowhere.png")
+    (root / "c.png").symlink_to(outside / "secret.png")
+    (root / "c.txt").write_text("a picture from elsewhere")
+    write({"e.png": PICTURES["c"]}, root)
+    (root / "e.txt").symlink_to("../outside/secret.txt")
+    (root / "pool").symlink_to(outside / "pool")
+    return DataConfig(str(root))
+
+
+def test_links_that_leave_the_folder_are_refused(linked):
+    (unit,) = list_units(linked)
+    raws = {raw.source: raw for raw in read_unit(linked, unit)}
+    assert list(raws) == ["a.png", "alias.png", "c.png", "e.png", "pool", "sub/b.png"]
+    refused = {"c.png": "c.png", "e.png": "e.txt", "pool": "pool"}
+    for source, link in refused.items():
+        assert raws[source].reason.startswith(f"'{link}' {LEAVES}")
+        assert "data.follow_links: true" in raws[source].reason
+        assert (raws[source].content, raws[source].captions) == (b"", ())
+    assert [raws[name].captions for name in ("a.png", "alias.png", "sub/b.png")] == [
+        ("red",), ("red",), ("blue",)
+    ]  # fmt: skip
+
+
+def test_links_are_followed_where_that_is_wanted(linked):
+    data = replace(linked, follow_links=True)
+    (before,), (unit,) = list_units(linked), list_units(data)
+    assert before.digest != unit.digest
+    raws = {raw.source: raw for raw in read_unit(data, unit)}
+    assert list(raws) == ["a.png", "alias.png", "c.png", "e.png", "pool/d.png", "sub/b.png"]
+    assert raws["e.png"].captions == (SECRET.decode(),)
+    assert raws["pool/d.png"].captions == ("green",)
+    assert not any(raw.reason for raw in raws.values())
+    assert list(open_pictures(data, [raws["c.png"].locator])) == [PICTURES["c"]]
+
+
+def test_a_link_to_above_the_folder_ends(tmp_path):
+    root = tmp_path / "above" / "data"
+    write(as_text_files(), root)
+    (root / "up").symlink_to("../..")
+    data = DataConfig(str(root), caption_lines=True, mask_key="mask", follow_links=True)
+    (tmp_path / "above" / "z.png").write_bytes(PICTURES["a"])
+    sources = [raw.source for unit in list_units(data) for raw in read_unit(data, unit)]
+    assert sources == ["a.png", "b.png", "c.png", "up/above/z.png"]
+
+
+def test_a_file_that_became_a_link_since_it_was_listed_is_not_read(linked, tmp_path):
+    (unit,) = list_units(linked)
+    path = tmp_path / "data" / "a.txt"
+    path.unlink()
+    path.symlink_to(tmp_path / "outside" / "secret.txt")
+    with pytest.raises(InputError, match=rf"'a\.txt' {LEAVES}"):
+        list(read_unit(linked, unit))
+    (found,) = open_pictures(linked, ['["c.png"]'])
+    assert isinstance(found, InputError)
+
+
+@pytest.mark.parametrize("name", ["train-0.tar", "data/train.parquet"])
+def test_links_to_whole_files_of_data_are_refused(name, tmp_path):
+    write({**as_tar(), **as_parquet()}, tmp_path / "outside")
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "data" / name.split("/")[-1]
+    link.symlink_to(tmp_path / "outside" / name)
+    for location in (link.parent, link.parent / "*"):
+        with pytest.raises(InputError, match=rf"'{link.name}' {LEAVES}"):
+            list_units(DataConfig(str(location)))
+    assert reasons(DataConfig(str(link.parent), follow_links=True)) == ["", "", ""]
+    # Who names the link itself means what it leads to.
+    assert reasons(DataConfig(str(link))) == ["", "", ""]
+
+
+def test_links_to_metadata_are_refused_and_the_folder_itself_may_be_a_link(tmp_path):
+    write(as_metadata_jsonl(), tmp_path / "real")
+    (tmp_path / "named").symlink_to("real/in")
+    named = DataConfig(str(tmp_path / "named"), mask_key="mask")
+    assert reasons(named) == ["", "", ""]
+    (tmp_path / "real" / "in" / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
+    (tmp_path / "real" / "in" / "metadata.jsonl").symlink_to("../../metadata.jsonl")
+    with pytest.raises(InputError, match=rf"'metadata\.jsonl' {LEAVES}"):
+        list_units(named)
+    assert reasons(replace(named, follow_links=True)) == ["", "", ""]
+
+
+def test_a_folder_opened_by_fsspec_has_the_same_rules(linked):
+    by_url = DataConfig(f"local://{linked.folder}")
+    assert list_units(by_url) == list_units(linked)
+
+
+def test_a_link_inside_a_pattern_is_said(tmp_path):
+    write({"x/a.tar": as_tar()["train-0.tar"]}, tmp_path / "outside")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x").symlink_to(tmp_path / "outside" / "x")
+    with pytest.raises(InputError, match=f"'x' {LEAVES}"):
+        list_units(DataConfig(f"{tmp_path}/data/*/a.tar", format="webdataset"))
+
+
+def test_a_local_file_has_the_size_and_time_that_pyarrow_says(tmp_path):
+    # A unit's digest holds them, so caches that were indexed before are not indexed again.
+    write(as_text_files(), tmp_path)
+    (unit,) = list_units(DataConfig(str(tmp_path), mask_key="mask"))
+    info = fs.LocalFileSystem().get_file_info(str(tmp_path / "a.png"))
+    assert json.loads(unit.part)[0]["picture"] == ["a.png", info.size, info.mtime_ns]
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("a.png", PICTURES["a"]), ("b.png", PICTURES["b"])):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, kind, target in (
+            ("a.txt", tarfile.SYMTYPE, "/etc/passwd"),
+            ("b.txt", tarfile.LNKTYPE, "a.png"),
+            ("c.png", tarfile.SYMTYPE, "a.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    found = reasons(DataConfig(str(tmp_path)))
+    assert [reason.split(" has ")[1] for reason in found] == ["no .txt and no .json caption"] * 2
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from tinyflux.cache.manifest import (
     BUILD_MARK,
     MANIFEST_NAME,
     MODEL_SETTINGS,
+    CutCaptions,
     FileInfo,
     Manifest,
     Recipe,
@@ -186,6 +187,9 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
         _check_rejected(configs.data, len(rejected.rows), rejected)
         receipts = _encode(configs, runner, makers.recipe, planned, rejected)
         manifest = _commit(configs, makers, units, planned, receipts, rejected)
+    if manifest.cut_captions:
+        how = "data.long_captions: reject leaves them out"
+        print(f"cache: {manifest.cut_captions} ({how})", flush=True)
     shards = len(manifest.shards)
     print(f"cache: {manifest.rows} rows in {shards} shards at {configs.cache.path}", flush=True)
     return manifest
@@ -310,7 +314,7 @@ def _encode(
     progress = _Progress(runner, "encoded", "rows", total, total - left)
     failed = len(rejected.rows)
     for name in runner.encode(tasks):
-        dropped: dict[int, str] = {}
+        made = []
         for group in lacking[name]:
             receipt = read_receipt(store, name, group, makers[group])
             if receipt is None:
@@ -319,7 +323,8 @@ def _encode(
                     f"directory shared by all nodes?"
                 )
             receipts[name, group] = receipt
-            dropped.update(dict(receipt.rejected))
+            made.append(receipt)
+        dropped = unusable(configs.data, made)
         failed += len(dropped)
         _check_rejected(configs.data, failed, rejected, *dropped.values())
         progress.add(todo[name].rows)
@@ -364,7 +369,14 @@ def describe_tasks(
     makers: Mapping[str, str],
 ) -> list[ShardTask]:
     """What is to be made of the shards that lack groups, and what of it is known already."""
-    former = FormerRows(store, makers, {shard.name for shard in planned})
+    there = store.list(RECEIPT_FOLDER)
+    outdated = {
+        shard.name
+        for shard in planned
+        for group in lacking.get(shard.name, ())
+        if receipt_path(shard.name, group, makers[group]) in there
+    }
+    former = FormerRows(store, makers, {shard.name for shard in planned} - outdated)
     found = []
     for shard in planned:
         reused: dict[str, Reused] = {}
@@ -385,10 +397,13 @@ def _commit(
     rejected: Rejected,
 ) -> Manifest:
     """Write the manifest, unless it says the same already."""
-    store, shards = configs.store, []
+    store, shards, cut_clip, cut_t5 = configs.store, [], 0, 0
     for shard in planned:
         own = {group: receipts[shard.name, group] for group in makers.recipe.groups}
-        reasons = {row: why for receipt in own.values() for row, why in receipt.rejected}
+        reasons = unusable(configs.data, own.values())
+        kept = [cut for cut in own["text"].cut_rows if cut[0] not in reasons]
+        cut_clip += sum(clip > 0 for _, clip, _ in kept)
+        cut_t5 += sum(t5 > 0 for _, _, t5 in kept)
         if reasons:
             table = pq.read_table(pa.BufferReader(store.read(shard.file.path)), columns=["source"])
             sources = table["source"].to_pylist()
@@ -409,10 +424,28 @@ def _commit(
         index=tuple(index_path(configs.data, unit) for unit in units),
         name=store.name,
         built=True,
+        cut_captions=CutCaptions(cut_clip, cut_t5) if cut_clip or cut_t5 else None,
     )
     if store.size(MANIFEST_NAME) is None or store.read(MANIFEST_NAME) != manifest.to_json():
         manifest.save(store)
     return manifest
+
+
+def unusable(data: DataConfig, receipts: Iterable[Receipt]) -> dict[int, str]:
+    """Rows of a shard that are left out of the dataset, by number, with the reason."""
+    found: dict[int, str] = {}
+    for receipt in receipts:
+        found.update(dict(receipt.rejected))
+        if data.long_captions == "reject":
+            found.update({row: _too_long(clip, t5) for row, clip, t5 in receipt.cut_rows})
+    return found
+
+
+def _too_long(clip: int, t5: int) -> str:
+    return (
+        f"its caption has {clip} tokens more than CLIP reads and {t5} more than T5 does "
+        f"(model.max_text_length): shorten it, or set data.long_captions: cut"
+    )
 
 
 def _check_rejected(data: DataConfig, count: int, rejected: Rejected, *reasons: str) -> None:

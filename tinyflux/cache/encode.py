@@ -87,19 +87,19 @@ class ShardEncoder:
                 work.add(batch)
             seconds = (time.monotonic() - started) / len(groups)
             for group in groups:
-                self._commit(task, group, contents[group], rows[KEY], work, seconds)
+                self._commit(task, group, contents[group], rows, work, seconds)
 
     def _commit(
         self,
         task: ShardTask,
         group: str,
         contents: Sequence[str],
-        keys: list[str],
+        rows: dict[str, list[str]],
         work: "ShardWork",
         seconds: float,
     ) -> None:
         """Join what was computed with what was reused, write the file, then its receipt."""
-        maker, reused = task.makers[group], task.reused[group]
+        maker, reused, keys = task.makers[group], task.reused[group], rows[KEY]
         computed = {contents[row]: place for place, row in enumerate(work.made)}
         refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
         rejected = [(row, refused[key]) for row, key in enumerate(contents) if key in refused]
@@ -122,9 +122,14 @@ class ShardEncoder:
             file = write_group(self._store, path, keys, columns, self._trim)
         receipt = Receipt(
             task.name, group, maker, len(keys), task.size, file, rejected, len(work.made),
-            round(seconds, 3),
+            round(seconds, 3), self._cut(rows["caption"]) if group == "text" else "",
         )  # fmt: skip
         receipt.save(self._store)
+
+    def _cut(self, captions: Sequence[str]) -> str:
+        """See ``Receipt.cut``; of rows that were reused as well, whose counts no file holds."""
+        counts = enumerate(self.extractor.zoo.cut_tokens(captions))
+        return " ".join(f"{row}:{cut.clip}:{cut.t5}" for row, cut in counts if any(cut))
 
     def _former(self, group: str, reused: Reused) -> dict[str, Tensor]:
         """The reused rows' columns, in the order of ``reused.rows``."""
@@ -198,7 +203,7 @@ class ShardWork:
             return
         try:
             columns = self._extractor.columns(self._groups, [sample for _, sample in samples])
-        except InputError as error:  # such as a caption that is too long
+        except InputError as error:  # such as a size that a VAE cannot halve
             if len(samples) == 1:
                 self._refused[samples[0][0]] = str(error)
             else:

@@ -118,7 +118,7 @@ class Extractor:
         if "mask" in groups:
             found["mask"] = self.masks([sample.mask for sample in samples], images[0].size)
         if "text" in groups:
-            found["t5_embeds"], found["clip_pooled"] = self.text(captions)
+            found["t5_embeds"], found["clip_pooled"] = self.text(captions, warn_cut=False)
         if teachers := [name for name in ("lune", "sol") if name in groups]:
             keys = [sample.key for sample in samples]
             latents = self.teacher_latents(images)
@@ -129,10 +129,16 @@ class Extractor:
         """``[N, C, h, w]``."""
         return self._bounded(lambda size: self.zoo.encode_images_batched(images, size)).half().cpu()
 
-    def text(self, captions: list[str], allow_empty: bool = False) -> tuple[Tensor, Tensor]:
-        """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``."""
+    def text(
+        self, captions: list[str], allow_empty: bool = False, warn_cut: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``.
+
+        Args:
+            allow_empty, warn_cut: as in :meth:`ModelZoo.encode_prompts_batched`.
+        """
         t5, pooled = self._bounded(
-            lambda size: self.zoo.encode_prompts_batched(captions, size, allow_empty=allow_empty)
+            lambda size: self.zoo.encode_prompts_batched(captions, size, allow_empty, warn_cut)
         )
         return t5.half().cpu(), pooled.half().cpu()
 

@@ -35,7 +35,11 @@ SCHEMA = pa.schema(
     ]
 )
 # Settings that say what to do with a picture once it has been read.
-_LATER = ("folder", "height", "width", "resize", "areas", "step", "max_aspect", "max_rejected")
+_LATER = (
+    "folder", "height", "width", "resize", "areas", "step", "max_aspect", "max_rejected",
+    "long_captions",
+    "follow_links",  # a unit's own digest says which links are followed
+)  # fmt: skip
 
 
 def index_path(data: DataConfig, unit: Unit) -> str:

@@ -56,6 +56,8 @@ def describe(manifest: Manifest) -> str:
             info = recipe.groups[group]
             lines.append(f"  code version {info.code_version}, {info.dtype}")
             lines += [f"  {n}: {m.repo} ({m.digest[:12]})" for n, m in info.models.items()]
+    if manifest.cut_captions:
+        lines += ["", str(manifest.cut_captions)]
     dropped = sum(len(shard.dropped) for shard in manifest.shards)
     if manifest.rejected:
         lines += ["", f"rejected: see {manifest.rejected.path} ({dropped} of them in the shards)"]

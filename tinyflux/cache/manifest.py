@@ -34,7 +34,8 @@ class ShardInfo:
     Attributes:
         rows: in each file, dropped ones included.
         dropped: places of rows that are in the files but not in the dataset: a model could make
-            nothing of them, and their numbers are zeros. They stand in the ``rejected`` table.
+            nothing of them, and their numbers are zeros, or their captions are too long and
+            ``data.long_captions`` is ``"reject"``. They stand in the ``rejected`` table.
     """
 
     name: str
@@ -46,6 +47,19 @@ class ShardInfo:
     def samples(self) -> int:
         """Rows that belong to the dataset."""
         return self.rows - len(self.dropped)
+
+
+@dataclass(frozen=True)
+class CutCaptions:
+    """How many samples have captions of more tokens than CLIP and T5 read."""
+
+    clip: int = 0
+    t5: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"captions cut to what the text encoders read: {self.clip} for CLIP, {self.t5} for T5"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,7 @@ class Manifest:
         rejected: file of pictures that are not in it and why, if any.
         null_text: file of the empty caption's embedding (``t5_embeds`` [L, D], ``clip_pooled``
             [P]), if known.
+        cut_captions: None where every caption was read whole.
     """
 
     rows: int
@@ -129,6 +144,7 @@ class Manifest:
     name: str = "dataset"
     built: bool = False
     format_version: int = FORMAT_VERSION
+    cut_captions: CutCaptions | None = None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -153,6 +169,8 @@ class Manifest:
         head = to_dict(dataclasses.replace(self, shards=()))
         lines = ",\n  ".join(json.dumps(to_dict(shard)) for shard in self.shards)
         del head["shards"]
+        if self.cut_captions is None:
+            del head["cut_captions"]  # earlier versions know no such name
         text = json.dumps(head, indent=1)
         return (text[: -len("\n}")] + f',\n "shards": [\n  {lines}\n ]\n}}\n').encode()
 

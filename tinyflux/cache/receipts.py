@@ -29,6 +29,9 @@ class Receipt:
         file: None where no row of the shard could be made.
         rejected: rows that are zeros in the file, by number, with the reason.
         computed: rows that were run through models; the rest was taken from other files.
+        cut: :attr:`cut_rows` as ``row:clip:t5 row:clip:t5 ...``, since a build job holds all of
+            its receipts and every caption may be long. None in those of a version that rejected
+            such rows.
         seconds: that it took.
     """
 
@@ -41,6 +44,20 @@ class Receipt:
     rejected: list[tuple[int, str]] = field(default_factory=list)
     computed: int = 0
     seconds: float = 0.0
+    cut: str | None = None
+
+    @property
+    def cut_rows(self) -> list[tuple[int, int, int]]:
+        """Rows whose captions are longer than the text encoders read, by number, with how many
+        tokens of each CLIP and T5 do not read; the text group's receipt knows.
+        """
+        numbers = [map(int, cut.split(":")) for cut in (self.cut or "").split()]
+        return [(row, clip, t5) for row, clip, t5 in numbers]
+
+    @property
+    def outdated(self) -> bool:
+        """Whether rows may have been rejected for captions that would be cut now."""
+        return self.cut is None and bool(self.rejected)
 
     def save(self, store: Store) -> None:
         """Commit the file: from here on it counts."""
@@ -59,9 +76,11 @@ def group_path(shard: str, group: str, maker: str) -> str:
 
 
 def read_receipt(store: Store, shard: str, group: str, maker: str) -> Receipt | None:
-    """The receipt of a file that is there with its full size, else None."""
+    """The receipt of a file that is there with its full size and need not be made again."""
     receipt = _read(store, receipt_path(shard, group, maker))
-    return receipt if receipt is not None and receipt.maker == maker else None
+    if receipt is None or receipt.maker != maker or receipt.outdated:
+        return None
+    return receipt
 
 
 def all_receipts(store: Store, passed_over: Collection[str] = ()) -> Iterator[Receipt]:

@@ -93,8 +93,9 @@ def _shard_problem(
     for name, layout in file.columns.items():
         field = table.schema.field(name)
         if layout.shape:
-            shape, dtype = (field.metadata or {}).get(SHAPE_FIELD), field.metadata.get(DTYPE_FIELD)
-            if shape != str(list(layout.shape)).encode() or dtype != layout.dtype.encode():
+            told = field.metadata or {}
+            wanted = {SHAPE_FIELD: str(list(layout.shape)), DTYPE_FIELD: layout.dtype}
+            if any(told.get(key) != value.encode() for key, value in wanted.items()):
                 return keys, f"column '{name}' has another shape or dtype than the manifest says"
             rows = reader.tensor(shard, group, name, np.arange(shard.rows))
             raw = table[name].to_pylist()

@@ -1,12 +1,44 @@
-"""What the student reads of T5."""
+"""Texts as the encoders' tokens, and what the student reads of T5."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import T5EncoderModel
 
 from tinyflux.model.layers import rms_norm
+
+
+class CutTokens(NamedTuple):
+    """How many tokens of a text are beyond what each encoder reads; 0 where it is read whole."""
+
+    clip: int
+    t5: int
+
+
+class Tokens(NamedTuple):
+    """Texts as an encoder reads them.
+
+    Attributes:
+        ids, mask: ``[B, limit]``; the mask is 1 for those that are no padding.
+        cut: ``[B]``; tokens of each text that are left out.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    cut: Tensor
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], limit: int) -> Tokens:
+    """Texts as ``limit`` tokens each: padded, or cut before their end token, as FLUX does."""
+    options = {"padding": "max_length", "max_length": limit, "verbose": False}
+    encoded = tokenizer(list(texts), **options)
+    cut = [len(ids) - limit for ids in encoded.input_ids]  # padded, so never below 0
+    if any(cut):
+        encoded = tokenizer(list(texts), truncation=True, **options)
+    ids, mask = torch.tensor(encoded.input_ids), torch.tensor(encoded.attention_mask)
+    return Tokens(ids, mask, torch.tensor(cut))
 
 
 def t5_embeddings(

@@ -5,20 +5,23 @@ A local directory goes wherever a hub repository's name goes.
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     PreTrainedModel,
@@ -28,10 +31,11 @@ from transformers import (
 
 from tinyflux.errors import ConfigError, HubError, InputError
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.text import t5_embeddings
+from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
 from tinyflux.util.config import nearest
 from tinyflux.util.text import first_line
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LUNE_FILENAME = "sd15-flow-lune-unet.safetensors"
@@ -133,14 +137,14 @@ class ModelZoo:
                 f"t5_layers = {list(self.t5_layers)} names a layer above {last}, the last of "
                 f"'{self.t5_repo}'"
             )
-        return self._tokenizer("t5", T5Tokenizer, self.t5_repo), model
+        return self._t5_tokenizer(), model
 
     def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
         """CLIP's tokenizer and text model."""
         model = self._load(
             "clip", lambda: _pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
         )
-        return self._tokenizer("clip", CLIPTokenizer, self.clip_repo), model
+        return self._clip_tokenizer(), model
 
     def load_lune(self, filename: str = LUNE_FILENAME) -> UNet2DConditionModel:
         """The Lune teacher: folder ``lune/``, or else the file ``filename``."""
@@ -157,6 +161,12 @@ class ModelZoo:
         if name not in self._models:
             self._models[name] = opener().eval().requires_grad_(False).to(self.device)
         return self._models[name]
+
+    def _t5_tokenizer(self) -> Any:
+        return self._tokenizer("t5", T5Tokenizer, self.t5_repo)
+
+    def _clip_tokenizer(self) -> Any:
+        return self._tokenizer("clip", CLIPTokenizer, self.clip_repo)
 
     def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:
         if name not in self._tokenizers:
@@ -271,62 +281,80 @@ class ModelZoo:
 
     @torch.no_grad()
     def encode_prompts_batched(
-        self, prompts: list[str], batch_size: int = 128, allow_empty: bool = False
+        self,
+        prompts: list[str],
+        batch_size: int = 128,
+        allow_empty: bool = False,
+        warn_cut: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """T5 embeddings ``[N, L, D]`` and pooled CLIP embeddings ``[N, P]``.
 
-        L is ``max_text_length``; T5's are :func:`tinyflux.model.text.t5_embeddings`.
+        L is ``max_text_length``; T5's are :func:`tinyflux.model.text.t5_embeddings`. Of a prompt
+        that is longer, each encoder reads as much as it can: see :meth:`cut_tokens`.
+
+        Args:
+            warn_cut: log how many prompts are cut; False where the caller says it.
 
         Raises:
-            InputError: an empty prompt (unless ``allow_empty``) or one that is too long.
+            InputError: an empty prompt (unless ``allow_empty``), or something that is no text.
         """
+        _check_prompts(prompts, allow_empty)
+        if warn_cut:
+            self._warn_of_cuts(prompts)
         tokenizer, model = self.load_t5()
         found = []
         for batch in _batches(prompts, batch_size):
-            ids, mask = self._tokens("T5", tokenizer, batch, self.max_text_length, allow_empty)
+            tokens = tokenize(tokenizer, batch, self.max_text_length)
+            ids, mask = tokens.ids.to(self.device), tokens.mask.to(self.device)
             found.append(t5_embeddings(model, ids, mask, self.t5_layers, self.text_padding))
-        pooled = [
-            output.pooler_output for output in self._run_clip(prompts, batch_size, allow_empty)
-        ]
+        pooled = [output.pooler_output for output in self._run_clip(prompts, batch_size)]
         return torch.cat(found), torch.cat(pooled)
 
     @torch.no_grad()
     def encode_clip_tokens(self, prompts: list[str], batch_size: int = 128) -> Tensor:
-        """CLIP's hidden states ``[N, T, D]``, which SD1.5 UNets are conditioned on."""
-        outputs = self._run_clip(prompts, batch_size, allow_empty=True)
+        """CLIP's hidden states ``[N, T, D]``, which SD1.5 UNets are conditioned on.
+
+        Prompts are cut as :meth:`encode_prompts_batched` cuts them for CLIP.
+        """
+        _check_prompts(prompts, allow_empty=True)
+        outputs = self._run_clip(prompts, batch_size)
         return torch.cat([output.last_hidden_state for output in outputs])
 
     def t5_token_counts(self, prompts: list[str]) -> Tensor:
-        """Tokens of each prompt ``[N]``, its end token included."""
-        tokenizer, _ = self.load_t5()
+        """Tokens of each whole prompt ``[N]``, its end token included."""
+        tokenizer = self._t5_tokenizer()
         return torch.tensor([len(ids) for ids in tokenizer(list(prompts)).input_ids])
 
-    def _run_clip(self, prompts: list[str], batch_size: int, allow_empty: bool) -> Iterator[Any]:
+    @cached_property
+    def clip_limit(self) -> int:
+        """How many tokens CLIP reads, its start and end among them: 77."""
+        return int(_pretrained(CLIPTextConfig, self.clip_repo).max_position_embeddings)
+
+    def cut_tokens(self, prompts: Sequence[str]) -> list[CutTokens]:
+        """How much of each prompt is not read: what is beyond :attr:`clip_limit` and
+        ``max_text_length``. Loads no model but the tokenizers.
+        """
+        if not prompts:
+            return []
+        clip = tokenize(self._clip_tokenizer(), prompts, self.clip_limit).cut.tolist()
+        t5 = tokenize(self._t5_tokenizer(), prompts, self.max_text_length).cut.tolist()
+        return [CutTokens(*counts) for counts in zip(clip, t5, strict=True)]
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        cut = self.cut_tokens(prompts)
+        clip, t5 = sum(one.clip > 0 for one in cut), sum(one.t5 > 0 for one in cut)
+        if clip or t5:
+            logger.warning(
+                "%d of %d prompts have more tokens than CLIP reads (%d) and %d more than T5 reads "
+                "(%d): what is beyond is left out",
+                clip, len(cut), self.clip_limit, t5, self.max_text_length,
+            )  # fmt: skip
+
+    def _run_clip(self, prompts: Sequence[str], batch_size: int) -> Iterator[Any]:
         tokenizer, model = self.load_clip()
-        limit = model.config.max_position_embeddings
         for batch in _batches(prompts, batch_size):
             # CLIP was trained without a padding mask.
-            ids, _ = self._tokens("CLIP", tokenizer, batch, limit, allow_empty)
-            yield model(ids)
-
-    def _tokens(
-        self, name: str, tokenizer: Any, prompts: list[str], limit: int, allow_empty: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, ``[B, limit]``; checks every prompt."""
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise InputError(f"a prompt must be text, not {type(prompt).__name__}")
-            if not prompt.strip() and not allow_empty:
-                raise InputError("a prompt is empty: say what the picture should show")
-        encoded = tokenizer(prompts, padding="max_length", max_length=limit, return_tensors=None)
-        for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
-            if len(ids) > limit:
-                raise InputError(
-                    f"the prompt '{prompt[:40]}...' has {len(ids)} {name} tokens, the limit is "
-                    f"{limit}: shorten it"
-                )
-        ids = torch.tensor(encoded.input_ids, device=self.device)
-        return ids, torch.tensor(encoded.attention_mask, device=self.device)
+            yield model(tokenize(tokenizer, batch, self.clip_limit).ids.to(self.device))
 
 
 @dataclass
@@ -366,6 +394,14 @@ class ZooConfig:
 def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
+
+
+def _check_prompts(prompts: Sequence[str], allow_empty: bool) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be text, not {type(prompt).__name__}")
+        if not prompt.strip() and not allow_empty:
+            raise InputError("a prompt is empty: say what the picture should show")
 
 
 def _downscale(vae: AutoencoderKL) -> int:
@@ -410,6 +446,8 @@ def _pretrained(cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | N
     options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
     if dtype is not None:
         options["dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"] = dtype
+    if issubclass(cls, PreTrainedModel | ModelMixin):
+        options["use_safetensors"] = True  # a pickle can run anything as it is opened
     try:
         return cls.from_pretrained(repo, **options)
     except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike

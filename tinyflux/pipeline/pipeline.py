@@ -1,5 +1,6 @@
 """Pictures from prompts, the way diffusers' users expect."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.model import TinyFluxConfig
-from tinyflux.model.text import t5_embeddings
+from tinyflux.model.text import Tokens, t5_embeddings, tokenize
 from tinyflux.trainer.schedules import shift_at
 
+logger = logging.getLogger(__name__)
 Callback = Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any]]
 
 
@@ -104,7 +106,7 @@ class TinyFluxPipeline(DiffusionPipeline):
                 step with the tensors asked for; it may return others in their place.
 
         Raises:
-            ValueError: sizes that the VAE cannot make, a prompt that is too long, or tensors that
+            ValueError: sizes that the VAE cannot make, or tensors that
                 the callback cannot have.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -177,32 +179,30 @@ class TinyFluxPipeline(DiffusionPipeline):
     def encode_prompt(self, prompts: list[str]) -> TextCondition:
         """T5's embeddings ``[B, L, D]`` and CLIP's pooled ones ``[B, P]``.
 
-        Raises:
-            ValueError: a prompt is too long.
+        Of a prompt that is longer, each encoder reads as much as it can, and a warning says so.
         """
         config, device = self.student_config, self._execution_device
         dtype = self.transformer.dtype
-        ids, mask = _tokens("T5", self.tokenizer_2, prompts, config.max_text_length)
+        tokens = _tokens("T5", self.tokenizer_2, prompts, config.max_text_length)
         t5 = t5_embeddings(
-            self.text_encoder_2, ids.to(device), mask.to(device), config.t5_layers,
+            self.text_encoder_2, tokens.ids.to(device), tokens.mask.to(device), config.t5_layers,
             config.text_padding,
         )  # fmt: skip
         limit = self.text_encoder.config.max_position_embeddings
-        ids, _ = _tokens("CLIP", self.tokenizer, prompts, limit)
-        pooled = self.text_encoder(ids.to(device)).pooler_output
+        tokens = _tokens("CLIP", self.tokenizer, prompts, limit)
+        pooled = self.text_encoder(tokens.ids.to(device)).pooler_output
         return TextCondition(t5.to(dtype), pooled.to(dtype))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.transformer(*args, **kwargs)
 
 
-def _tokens(name: str, tokenizer: Any, prompts: list[str], limit: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, ``[B, limit]``."""
-    encoded = tokenizer(prompts, padding="max_length", max_length=limit)
-    for prompt, ids in zip(prompts, encoded.input_ids, strict=True):
-        if len(ids) > limit:
-            raise ValueError(
-                f"the prompt '{prompt[:40]}...' has {len(ids)} {name} tokens, the limit is "
-                f"{limit}: shorten it"
-            )
-    return torch.tensor(encoded.input_ids), torch.tensor(encoded.attention_mask)
+def _tokens(name: str, tokenizer: Any, prompts: list[str], limit: int) -> Tokens:
+    """Prompts as ``limit`` tokens each; a warning says how many were longer."""
+    tokens = tokenize(tokenizer, prompts, limit)
+    if longer := int(tokens.cut.count_nonzero()):
+        logger.warning(
+            "%d of %d prompts have more than the %d tokens that %s reads: what is beyond is left "
+            "out", longer, len(prompts), limit, name,
+        )  # fmt: skip
+    return tokens

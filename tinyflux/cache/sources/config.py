@@ -7,6 +7,7 @@ from tinyflux.util.config import nearest
 
 FORMATS = ("auto", "folder", "webdataset", "parquet")
 RESIZES = ("error", "crop", "bucket")
+LONG_CAPTIONS = ("cut", "reject")
 
 
 @dataclass
@@ -37,6 +38,11 @@ class DataConfig:
         max_aspect: The most that a bucket's longer side may be of its shorter.
         max_rejected: Share of the pictures that may be unusable; past it, the job fails.
         max_pixels: A larger picture is not decoded.
+        long_captions: What to do with a caption of more tokens than CLIP (77) or T5
+            (``model.max_text_length``) reads: ``"cut"`` it there, for the encoder that it is too
+            long for, or ``"reject"`` the sample.
+        follow_links: Read what symbolic links in ``folder`` lead to even where that is elsewhere;
+            otherwise such a link is refused. ``folder`` itself may be a link.
     """
 
     folder: str = ""
@@ -53,9 +59,12 @@ class DataConfig:
     max_aspect: float = 2.0
     max_rejected: float = 0.0
     max_pixels: int = 100_000_000
+    long_captions: str = "cut"
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
-        for name, valid in (("format", FORMATS), ("resize", RESIZES)):
+        choices = {"format": FORMATS, "resize": RESIZES, "long_captions": LONG_CAPTIONS}
+        for name, valid in choices.items():
             value = getattr(self, name)
             if value not in valid:
                 raise ConfigError(

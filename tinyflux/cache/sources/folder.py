@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from pyarrow import fs
-
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import Place, open_place, unreadable
+from tinyflux.cache.sources.filesystem import Place, leads_out, open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason, text_captions
+from tinyflux.cache.sources.walk import Found
 from tinyflux.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -20,19 +19,24 @@ PICTURES_PER_UNIT = 512
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[dict[str, Any]]]:
-    """Neighbouring pictures, each with the files that belong to it and their sizes and times."""
+def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[dict[str, Any]]]:
+    """Neighbouring pictures, each with the files that belong to it and their sizes and times.
+
+    Where one of these leads out of the folder, ``outside`` names it; a link to another folder
+    stands for the pictures in that.
+    """
     described = _read_metadata(data, files)
     masks = {about["mask"] for about in described.values() if "mask" in about}
     beside = f".{data.mask_key}.png" if data.mask_key else ""
 
     def stamp(path: str) -> list[Any]:
         info = files[path]
-        return [path, info.size, info.mtime_ns or 0]
+        return [path, info.size, info.mtime_ns]
 
     part: list[dict[str, Any]] = []
     for path in files:
-        if not path.lower().endswith(SUFFIXES) or path in masks:
+        folder = files[path].directory
+        if not folder and (not path.lower().endswith(SUFFIXES) or path in masks):
             continue
         if beside and path.endswith(beside):
             continue
@@ -46,6 +50,9 @@ def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[dict
         mask = about.get("mask", f"{stem}{beside}")
         if beside and mask in files:
             entry["mask"] = stamp(mask)
+        own = [entry[name][0] for name in ("picture", "caption_file", "mask") if name in entry]
+        if outside := [name for name in own if files[name].outside]:
+            entry["outside"] = outside[0]
         part.append(entry)
         if _ends_unit(path, len(part)):
             yield part
@@ -65,7 +72,7 @@ def _ends_unit(path: str, pictures: int) -> bool:
 
 def read(data: DataConfig, part: list[dict[str, Any]]) -> Iterator[RawPicture]:
     """See :func:`tinyflux.cache.sources.units.read_unit`."""
-    place = open_place(data.folder)
+    place = open_place(data.folder, data.follow_links)
     for entry in part:
         try:
             yield _read_entry(data, place, entry)
@@ -78,6 +85,8 @@ def read(data: DataConfig, part: list[dict[str, Any]]) -> Iterator[RawPicture]:
 
 def _read_entry(data: DataConfig, place: Place, entry: dict[str, Any]) -> RawPicture:
     path, size, _ = entry["picture"]
+    if "outside" in entry:
+        return RawPicture(path, reason=leads_out(entry["outside"]))
     mask_path, mask_size, _ = entry.get("mask", ("", 0, 0))
     reason = size_reason(path, size) or size_reason(mask_path, mask_size)
     if reason:
@@ -112,7 +121,7 @@ def _captions(data: DataConfig, place: Place, entry: dict[str, Any]) -> tuple[tu
     return text_captions(load(place, beside), f"'{beside}'", data.caption_lines)
 
 
-def _read_metadata(data: DataConfig, files: dict[str, fs.FileInfo]) -> dict[str, dict[str, Any]]:
+def _read_metadata(data: DataConfig, files: dict[str, Found]) -> dict[str, dict[str, Any]]:
     """``text`` and ``mask`` by picture, of every metadata file."""
     found: dict[str, dict[str, Any]] = {}
     for path in files:
@@ -142,7 +151,7 @@ def _read_metadata(data: DataConfig, files: dict[str, fs.FileInfo]) -> dict[str,
 def _entries(data: DataConfig, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and contents of a metadata file."""
     try:
-        text = load(open_place(data.folder), path).decode("utf-8-sig")
+        text = load(open_place(data.folder, data.follow_links), path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}' is not UTF-8 text: {error}") from error
     except OSError as error:

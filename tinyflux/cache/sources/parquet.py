@@ -6,24 +6,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import Place, open_place, unreadable
+from tinyflux.cache.sources.filesystem import Place, files_of, open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason
+from tinyflux.cache.sources.walk import Found
 from tinyflux.errors import InputError
 
 
-def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[Any]]:
+def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[Any]]:
     """One row group each.
 
     Raises:
-        InputError: a file that is not Parquet, lacks a column or has one of the wrong type.
+        InputError: a file that is not Parquet, lacks a column or has one of the wrong type, or a
+            link that leads out of the folder.
     """
-    place = open_place(data.folder)
-    for path, info in files.items():
-        if not path.lower().endswith(".parquet"):
-            continue
+    place = open_place(data.folder, data.follow_links)
+    for path, info in files_of(files, ".parquet"):
         try:
             with _open(place, path) as file:
                 _check_columns(data, path, file.schema_arrow)
@@ -31,10 +30,11 @@ def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[Any]
         except OSError as error:
             raise unreadable(path, error) from error
         for group in range(groups):
-            yield [path, info.size, info.mtime_ns or 0, group]
+            yield [path, info.size, info.mtime_ns, group]
 
 
 def _open(place: Place, path: str) -> pq.ParquetFile:
+    place.check(path)
     try:
         return pq.ParquetFile(place.path(path), filesystem=place.system)
     except pa.ArrowException as error:
@@ -105,7 +105,7 @@ class CellReader:
     """Pictures of Parquet files; keeps the columns of the row group that was read last."""
 
     def __init__(self, data: DataConfig):
-        self._place = open_place(data.folder)
+        self._place = open_place(data.folder, data.follow_links)
         self._group: tuple[str, int] = ("", -1)
         self._columns: dict[str, pa.ChunkedArray] = {}
 

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pyarrow import fs
-
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.sources import folder, parquet, webdataset
 from tinyflux.cache.sources.config import DataConfig
 from tinyflux.cache.sources.filesystem import open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture
+from tinyflux.cache.sources.walk import Found
 from tinyflux.errors import InputError
 
 
@@ -35,7 +34,7 @@ class Unit:
 
 class _Format(NamedTuple):
     suffixes: tuple[str, ...]
-    parts: Callable[[DataConfig, dict[str, fs.FileInfo]], Iterable[Any]]
+    parts: Callable[[DataConfig, dict[str, Found]], Iterable[Any]]
     read: Callable[[DataConfig, Any], Iterator[RawPicture]]
 
 
@@ -52,7 +51,7 @@ def list_units(data: DataConfig) -> list[Unit]:
     Raises:
         InputError: nothing there, several formats at once, or a metadata file that is wrong.
     """
-    files = open_place(data.folder).files()
+    files = open_place(data.folder, data.follow_links).files()
     kind = data.format
     if kind == "auto":
         found = [
@@ -89,7 +88,7 @@ def open_pictures(data: DataConfig, locators: Sequence[str]) -> Iterator[bytes |
     Raises:
         InputError: the storage fails.
     """
-    place = open_place(data.folder)
+    place = open_place(data.folder, data.follow_links)
     cells = parquet.CellReader(data)
     with webdataset.MemberReader(place) as members:
         for locator in locators:

@@ -8,22 +8,24 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from pyarrow import fs
-
 from tinyflux.cache.sources.config import DataConfig
-from tinyflux.cache.sources.filesystem import Place, open_place, unreadable
+from tinyflux.cache.sources.filesystem import Place, files_of, open_place, unreadable
 from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason, text_captions
+from tinyflux.cache.sources.walk import Found
 from tinyflux.errors import InputError
 
 _BUFFER_BYTES = 2**20
 
 
-def parts(data: DataConfig, files: dict[str, fs.FileInfo]) -> Iterator[list[Any]]:
-    """One tar each."""
-    for path, info in files.items():
-        if path.lower().endswith(".tar"):
-            yield [path, info.size, info.mtime_ns or 0]
+def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[Any]]:
+    """One tar each.
+
+    Raises:
+        InputError: a link that leads out of the folder.
+    """
+    for path, info in files_of(files, ".tar"):
+        yield [path, info.size, info.mtime_ns]
 
 
 def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
@@ -35,7 +37,7 @@ def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
     path = part[0]
     try:
         with (
-            _open_buffered(open_place(data.folder), path) as file,
+            _open_buffered(open_place(data.folder, data.follow_links), path) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             members = (member for member in tar if _wanted(member))
