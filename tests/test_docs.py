@@ -1,0 +1,62 @@
+"""What the pages say against what is there: links, paths, symbols, settings and commands."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tinyflux.cache_cli import COMMANDS as CACHE_COMMANDS
+from tinyflux.cli import COMMANDS
+from tinyflux.config import RunConfig, _names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = "data|zoo|cache|model|trainer|workers|sample|serve|cluster"
+SETTINGS = set(_names(RunConfig()))
+
+
+def links(page: Path) -> list[tuple[str, Path]]:
+    """Texts and targets of a page's links to files of the project."""
+    found = re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    return [(text, page.parent / target) for text, target in found if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_path_leads_somewhere(page):
+    for text, target in links(page):
+        assert target.exists(), f"[{text}] leads to {target}"
+    folders = "tinyflux|benchmarks|tests|cluster|configs|docs|ray_jobs"
+    for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/]+\.\w+", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_symbol_is_defined_in_the_module_that_it_links_to(page):
+    symbols = 0
+    for text, target in links(page):
+        if target.suffix != ".py":
+            continue
+        tree = ast.parse(target.read_text())
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        defined = {node.name for node in tree.body if isinstance(node, kinds)}
+        for name in re.findall(r"`(\w+)`", text):
+            assert name in defined, f"{target.name} defines no {name}"
+            symbols += 1
+    assert symbols > 30 or page.name != "journey.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_and_command_exists(page):
+    text = page.read_text()
+    for name in re.findall(rf"(?:`|--)((?:{SECTIONS})\.[a-z_0-9]+)(?![\w(]|\.[a-z])", text):
+        # A module's name looks the same: `cache.py`.
+        assert name in SETTINGS or name.endswith(".py"), name
+    for command, rest in re.findall(
+        r"(?:^|bin/|`)tinyflux ([a-z]+)(?: ([a-z]+))?", text, re.MULTILINE
+    ):
+        assert command in COMMANDS, command
+        assert command != "cache" or not rest or rest in CACHE_COMMANDS, rest
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, target
