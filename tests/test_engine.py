@@ -20,6 +20,7 @@ from tinyflux.errors import (
 )
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.serving.app import run_server
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress, ServeConfig
 from tinyflux.trainer.sampling import Sampler
 
@@ -493,3 +494,20 @@ def test_absurd_limits_are_refused(place, changes):
         opened(place, **changes),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"default_size": 512}, "multiple of 4 from 4 to 32 pixels, not 512"),
+        ({"default_size": 18}, "not 18"),
+        ({"default_steps": 61}, r"serve\.default_steps 61 is over serve\.max_steps 60"),
+    ],
+)
+def test_a_server_whose_defaults_it_would_refuse_does_not_start(place, settings, message):
+    config = ServeConfig(
+        checkpoint=str(place / "model"),
+        **{"max_steps": 60, "max_height": 8, "max_width": 8, "default_size": 16, **settings},
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_server(config, zoo_config(place / "world"))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow
 KEY = "a-key-of-the-tests-0123456789"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 MAX_QUEUE, MAX_BATCH = 3, 2
+RECEIVE_SECONDS = 3.0
 LONG = 300  # steps: some seconds
 
 
@@ -76,6 +78,7 @@ def server(tmp_path_factory):
             max_width=16,
             max_batch=MAX_BATCH,
             max_queue=MAX_QUEUE,
+            receive_seconds=RECEIVE_SECONDS,
         ),
     )
     save_run_config(run, place / "run.yaml")
@@ -249,6 +252,35 @@ def test_only_who_has_a_key_may_draw(server):
         assert httpx.get(f"{server.url}{path}").status_code == 200, path
     assert "/generate" in httpx.get(f"{server.url}/openapi.json").json()["paths"]
     assert "://" not in httpx.get(f"{server.url}/docs").text  # nothing from elsewhere
+
+
+def test_a_request_that_stops_half_way_is_answered_and_its_connection_closed(server):
+    address = httpx.URL(server.url)
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: {address.netloc.decode()}\r\n"
+        f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    )
+    with socket.create_connection((address.host, address.port), timeout=60) as half:
+        half.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt": "re'.encode())
+        with half.makefile("rb") as answers:
+            said = answers.read()  # up to the connection's end
+    assert said.startswith(b"HTTP/1.1 408 "), said
+    assert b"the body did not come within 3 s" in said
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/info", "/v1/models/other", "/docs"])
+def test_head_answers_where_get_does(server, path):
+    get, head = server.http.get(path), server.http.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_half_characters_are_refused_at_once(server):
+    for path in ("/generate", "/v1/images/generations"):
+        body = b'{"prompt": "red circle", "negative_prompt": "\\udfff"}'
+        answer = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422, answer.text
+        assert "surrogate" in answer.json()["error"]["message"]
 
 
 def test_whoever_goes_away_frees_their_place(server):

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ray_jobs.serve import app
+from tinyflux.config import RunConfig, save_run_config
 from tinyflux.errors import ConfigError
 from tinyflux.model.zoo import ZooConfig
 from tinyflux.serving.api import make_api
@@ -78,17 +80,22 @@ def test_the_single_checkpoint_is_the_default_model():
             build_app(config, ZooConfig())
 
 
-def asked(config, client, path="/healthz"):
-    """The status and the body of a GET by a client at that address."""
+def answer_of(config, method, path, client="127.0.0.1", **request):
+    """The answer to one request of a client at that address."""
 
     async def ask():
         api = make_api(Studio(config, {"a": None}, None))
         transport = httpx.ASGITransport(api, client=(client, 5000))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            answer = await http.get(path)
-        return answer.status_code, answer.json()
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.request(method, path, **request)
 
     return asyncio.run(ask())
+
+
+def asked(config, client, path="/healthz"):
+    """The status and the body of a GET by a client at that address."""
+    answer = answer_of(config, "GET", path, client)
+    return answer.status_code, answer.json()
 
 
 def test_without_keys_only_this_machine_is_answered(key_file):
@@ -100,6 +107,124 @@ def test_without_keys_only_this_machine_is_answered(key_file):
     assert asked(ServeConfig(api_keys_file=key_file), "192.0.2.7")[0] == 200
     assert asked(ServeConfig(api_keys_file=key_file), "127.0.0.1", "/v1/models")[0] == 401
     assert asked(ServeConfig(), "127.0.0.1", "/nowhere")[0] == 404
+
+
+HERE = ("localhost", "LOCALHOST:8123", "127.0.0.1:8123", "[::1]", "[::1]:8123")
+FOREIGN = ("evil.example", "evil.example:8123", "localhost.evil.example", "127.0.0.1.evil.example",
+           "192.0.2.1", "[2001:db8::1]", "[::1", "", "a b", "\xff", "e" * 5000)  # fmt: skip
+
+
+def test_only_names_of_this_machine_are_answered(key_file):
+    def status(config, host, path="/"):
+        return answer_of(config, "GET", path, headers={"Host": host.encode("latin-1")}).status_code
+
+    assert [status(ServeConfig(), host) for host in HERE] == [200] * len(HERE)
+    assert [status(ServeConfig(), host) for host in FOREIGN] == [421] * len(FOREIGN)
+    assert status(ServeConfig(host="127.0.0.9"), "127.0.0.9:8123") == 200
+    assert status(ServeConfig(), "10.0.0.7", "/healthz") == 200, "a probe's own address"
+    refused = answer_of(ServeConfig(), "GET", "/", headers={"Host": "e" * 5000}).json()
+    assert "serve.allowed_hosts" in refused["error"]["message"]
+    assert len(refused["error"]["message"]) < 300
+
+    own = ServeConfig(allowed_hosts=["draw.example.org", "*.example.net"])
+    for host in (*HERE, "draw.example.org", "draw.example.org:443", "a.example.net"):
+        assert status(own, host) == 200, host
+    for host in ("example.org", "x.draw.example.org", "draw.example.org.evil.example"):
+        assert status(own, host) == 421, host
+
+    # Whoever has a key is no page that guesses a name, and who lets everyone draw means it.
+    for config in (ServeConfig(api_keys_file=key_file), ServeConfig(allow_public=True)):
+        assert status(config, "evil.example") == 200
+    named = ServeConfig(api_keys_file=key_file, allowed_hosts=["draw.example.org"])
+    assert status(named, "evil.example") == 421
+
+
+def test_pages_of_others_cannot_post():
+    def status(config, method="POST", **names):
+        headers = {name: value.encode("latin-1") for name, value in names.items()}
+        path = "/generate" if method == "POST" else "/"
+        answer = answer_of(config, method, path, headers=headers, content=b"no JSON")
+        return answer.status_code
+
+    passed = 422  # the guard let it through to the body
+    config = ServeConfig(allowed_hosts=["draw.example.org"])
+    assert status(config) == passed, "no browser, no origin"
+    for host, origin in (
+        ("localhost:8123", "http://localhost:8123"),
+        ("127.0.0.1:8123", "http://127.0.0.1:8123"),
+        ("[::1]:8123", "http://[::1]:8123"),
+        ("localhost:8123", "https://draw.example.org"),
+    ):
+        assert status(config, Host=host, Origin=origin) == passed, origin
+    for origin in ("http://evil.example", "http://localhost:3000", "http://127.0.0.1:8123", "null",
+                   "", "http://draw.example.org.evil.example", "\xff"):  # fmt: skip
+        assert status(config, Host="localhost:8123", Origin=origin) == 403, origin
+    assert status(config, "GET", Host="localhost:8123", Origin="http://evil.example") == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/models", "/openapi.json", "/page/app.js"])
+def test_head_is_get_without_the_body(path):
+    config = ServeConfig()
+    get, head = (answer_of(config, method, path) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.headers) == (get.status_code, get.headers)
+    assert head.content == b""
+
+
+def test_head_has_no_other_rights_than_get(key_file):
+    assert answer_of(ServeConfig(), "HEAD", "/nowhere").status_code == 404
+    assert answer_of(ServeConfig(), "HEAD", "/generate").status_code == 405
+    keys = ServeConfig(api_keys_file=key_file)
+    assert answer_of(keys, "HEAD", "/v1/models").status_code == 401
+
+
+def test_a_body_that_stops_coming_is_not_waited_for():
+    async def asks(config):
+        first = {"type": "http.request", "body": b'{"prompt": "r', "more_body": True}
+        answers, sent = [first], []
+
+        async def receive():
+            return answers.pop() if answers else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-length", b"30")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers,
+                 "query_string": b"", "client": ("127.0.0.1", 5000)}  # fmt: skip
+        await make_api(Studio(config, {"a": None}, None))(scope, receive, send)
+        return sent
+
+    start, body = asyncio.run(asks(ServeConfig(receive_seconds=0.05)))
+    assert start["status"] == 408
+    assert (b"connection", b"close") in start["headers"]
+    assert b"the body did not come within 0.05 s" in body["body"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"default_steps": 101}, r"serve\.default_steps 101 is over serve\.max_steps 100"),
+        ({"max_steps": 5}, r"serve\.default_steps 28 is over serve\.max_steps 5"),
+        ({"default_guidance": -1.0}, r"serve\.default_guidance must be from 0 to 100, not -1\.0"),
+        ({"max_n": 0}, r"serve\.max_n must be 1 or more, not 0"),
+        ({"max_body_bytes": 0}, r"serve\.max_body_bytes must be 1 or more"),
+        ({"port": 70000}, r"serve\.port must be from 0 to 65535, not 70000"),
+        ({"timeout_s": 0.0}, r"serve\.timeout_s must be above 0 and finite"),
+        ({"receive_seconds": float("nan")}, r"serve\.receive_seconds must be above 0 and finite"),
+        ({"allowed_hosts": ["http://a.example"]}, r"serve\.allowed_hosts: 'http://a\.example'"),
+        ({"allowed_hosts": ["*"]}, r"serve\.allowed_hosts: '\*' cannot be a host"),
+    ],
+)
+def test_a_config_that_would_refuse_everything_is_refused_itself(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_app(ServeConfig(checkpoint="runs/a", **settings), ZooConfig())
+
+
+def test_ray_serves_own_command_refuses_such_a_config_too(tmp_path):
+    save_run_config(RunConfig(run_dir=str(tmp_path)), tmp_path / "run.yaml")
+    arguments = {"config": str(tmp_path / "run.yaml"), "serve.checkpoint": "runs/a"}
+    with pytest.raises(ConfigError, match=r"serve\.default_steps 101 is over"):
+        app({**arguments, "serve.default_steps": "101"})
 
 
 def test_the_board_keeps_so_many_pictures_for_so_long():

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         ),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5),
         sample=SampleConfig(prompts=CAPTIONS[:2], num_steps=2, height=4, width=4),
-        serve=ServeConfig(port=free_ports(1)[0], max_height=8, max_width=8),
+        serve=ServeConfig(port=free_ports(1)[0], max_height=8, max_width=8, default_size=16),
     )
     save_run_config(run, f"{run.run_dir}.yaml")
     return run

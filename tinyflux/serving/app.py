@@ -56,6 +56,8 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
     Raises:
         ConfigError: the config cannot work, or would serve the network without keys.
     """
+    config.check_limits()
+    config.check_defaults()
     check_exposure(config)
     read_keys(config.api_keys_file)
     names, at = list(served_models(config)), _deployment_name
@@ -141,7 +143,11 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
     application, models = build_app(config, zoo), served_models(config)
     for checkpoint in models.values():
         # A mistake is told here, not by a replica that restarts for ever.
-        ImageEngine(replace(config, checkpoint=checkpoint), zoo).close(drain=False)
+        engine = ImageEngine(replace(config, checkpoint=checkpoint), zoo)
+        try:
+            engine.check_defaults()
+        finally:
+            engine.close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ensure_ray()

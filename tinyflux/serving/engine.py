@@ -1,6 +1,8 @@
 """One loaded student that draws many requests at once, a denoising step at a time."""
 
 import dataclasses
+import math
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,8 @@ from tinyflux.serving.tickets import Finished, ImageRequest, Progress, Ticket
 from tinyflux.serving.turns import Turns
 from tinyflux.serving.weights import load_student
 from tinyflux.trainer.sampling import (
+    MAX_SIDE,
+    MAX_STEPS,
     check_request,
     initial_noise,
     sample_times,
@@ -37,6 +41,26 @@ __all__ = ["Finished", "ImageEngine", "ImageRequest", "Progress", "ServeConfig",
 
 # Previews of one request that may wait for the decoder: beyond that the request waits for them.
 MAX_PREVIEWS = 2
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "port": (0, 65535),
+    "http_replicas": (1, math.inf),
+    "cpus_per_replica": (0, math.inf),
+    "gpus_per_replica": (0, math.inf),
+    "default_size": (1, math.inf),
+    "default_steps": (1, MAX_STEPS),
+    "default_guidance": (0, 100),
+    "max_steps": (1, MAX_STEPS),
+    "max_height": (1, MAX_SIDE),
+    "max_width": (1, MAX_SIDE),
+    "max_prompt_chars": (1, math.inf),
+    "max_n": (1, math.inf),
+    "max_body_bytes": (1, math.inf),
+    "max_batch": (1, math.inf),
+    "max_queue": (0, math.inf),
+    "prompt_cache": (0, math.inf),
+    "keep_pictures": (1, math.inf),
+}
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 # Weight of the newest step in the mean step time.
 RECENT = 0.1
 
@@ -72,11 +96,15 @@ class ServeConfig:
         max_queue: Requests that may wait beside ``max_batch`` that are drawn.
         prompt_cache: Number of encoded prompts that are kept.
         timeout_s: Seconds from a request to its picture, waiting included.
+        receive_seconds: Seconds in which a request's body must have come.
         keep_pictures: How many pictures are kept for ``url`` answers.
         keep_seconds: How long a picture is kept for ``url`` answers.
         api_keys_file: A file of keys, one a line; None asks for no key.
         allow_public: Serve others than this machine without keys.
         log_prompts: Write prompts to the log.
+        allowed_hosts: Names beside those of this machine by which the server is asked, such as
+            ``draw.example.org`` or ``*.example.org``, and whose pages may ask it. Without any, a
+            server with keys and one with ``allow_public`` answer to every name.
     """
 
     host: str = "127.0.0.1"
@@ -104,11 +132,49 @@ class ServeConfig:
     max_queue: int = 64
     prompt_cache: int = 256
     timeout_s: float = 300.0
+    receive_seconds: float = 30.0
     keep_pictures: int = 256
     keep_seconds: float = 3600.0
     api_keys_file: str | None = None
     allow_public: bool = False
     log_prompts: bool = False
+    allowed_hosts: list[str] = field(default_factory=list)
+
+    def check_limits(self) -> None:
+        """Refuse a setting that makes no sense by itself.
+
+        Raises:
+            ConfigError: it says which, and what it may be.
+        """
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:  # nan is not, either
+                bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+                raise ConfigError(f"serve.{name} must be {bounds}, not {value}")
+        for name in ("timeout_s", "receive_seconds", "keep_seconds"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"serve.{name} must be above 0 and finite, not {value}")
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise ConfigError(
+                    f"serve.allowed_hosts: '{host}' cannot be a host: write such as "
+                    "draw.example.org or *.example.org, without a port"
+                )
+
+    def check_defaults(self) -> None:
+        """Refuse defaults that the limits forbid: a request that says nothing would fail.
+
+        The size is checked where the VAE is known: :meth:`ImageEngine.check_defaults`.
+
+        Raises:
+            ConfigError: it names both.
+        """
+        if self.default_steps > self.max_steps:
+            raise ConfigError(
+                f"serve.default_steps {self.default_steps} is over serve.max_steps "
+                f"{self.max_steps}: lower the one or raise the other"
+            )
 
 
 @dataclass(eq=False)
@@ -159,11 +225,7 @@ class ImageEngine:
     def __init__(self, config: ServeConfig, zoo: ZooConfig):
         if config.checkpoint is None:
             raise InputError("serve.checkpoint must be set")
-        for name, least in (("max_batch", 1), ("max_queue", 0), ("prompt_cache", 0)):
-            if getattr(config, name) < least:
-                raise ConfigError(
-                    f"serve.{name} must be {least} or more, not {getattr(config, name)}"
-                )
+        config.check_limits()
         self.config = config
         self._device, self._dtype = resolve_device(zoo.device), zoo.dtype
         self._model = load_student(config.checkpoint, str(self._device), self._dtype)
@@ -236,6 +298,22 @@ class ImageEngine:
             request.guidance_scale,
             [request.seed],
         )
+
+    def check_defaults(self) -> None:
+        """Refuse a config whose defaults are outside of its limits, sizes included.
+
+        Raises:
+            ConfigError: a request that says nothing would be refused, and why.
+        """
+        config = self.config
+        size, steps, guidance = config.default_size, config.default_steps, config.default_guidance
+        try:
+            self.check(ImageRequest("a prompt", "", steps, guidance, size, size, 0))
+        except InputError as error:
+            raise ConfigError(
+                f"a request that says nothing would be refused ({error}): set serve.default_size, "
+                "serve.default_steps and serve.default_guidance within the server's limits"
+            ) from error
 
     def submit(self, request: ImageRequest) -> Ticket:
         """Accept a request; does not wait for anything.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
-from tinyflux.serving.fields import MAX_SEED, Solver
+from tinyflux.serving.fields import MAX_SEED, MOST, Count, Solver, Text
 from tinyflux.serving.refusals import ApiError
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
@@ -27,16 +27,18 @@ class GenerateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1)
-    negative_prompt: str = ""
-    model: str | None = Field(default=None, description="from GET /v1/models")
-    num_steps: int | None = Field(default=None, ge=1)
+    prompt: Text = Field(min_length=1)
+    negative_prompt: Text = ""
+    model: Text | None = Field(default=None, description="from GET /v1/models")
+    num_steps: Count | None = None
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
+    height: Count | None = None
+    width: Count | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     solver: Solver = "euler"
-    preview_every: int = Field(default=0, ge=0, description="steps between previews; 0 is none")
+    preview_every: int = Field(
+        default=0, ge=0, le=MOST, description="steps between previews; 0 is none"
+    )
 
 
 class ReloadBody(BaseModel):
@@ -44,7 +46,7 @@ class ReloadBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(default=None, description="from GET /v1/models")
+    model: Text | None = Field(default=None, description="from GET /v1/models")
 
 
 def native_routes(studio: Studio) -> APIRouter:
@@ -69,7 +71,7 @@ def native_routes(studio: Studio) -> APIRouter:
         return Response(png, media_type="image/png", headers=headers)
 
     @routes.get("/info")
-    async def info(model: str | None = None) -> dict[str, Any]:
+    async def info(model: Text | None = None) -> dict[str, Any]:
         """What can be asked for: models, solvers, limits and defaults."""
         chosen = studio.choose(model)
         return {

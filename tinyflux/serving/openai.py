@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
-from tinyflux.serving.fields import MAX_SEED, Solver
+from tinyflux.serving.fields import MAX_SEED, Count, Solver, Text
 from tinyflux.serving.refusals import ApiError
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
@@ -34,21 +34,21 @@ class ImagesBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1)
-    model: str | None = Field(default=None, description="from GET /v1/models")
-    n: int | None = Field(default=None, ge=1, description="pictures; the i-th has seed + i")
-    size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto")
+    prompt: Text = Field(min_length=1)
+    model: Text | None = Field(default=None, description="from GET /v1/models")
+    n: Count | None = Field(default=None, description="pictures; the i-th has seed + i")
+    size: Text | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto")
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
-    user: str | None = Field(default=None, max_length=1000)
+    user: Text | None = Field(default=None, max_length=1000)
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     output_format: Literal["png"] | None = None
-    negative_prompt: str = ""
+    negative_prompt: Text = ""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    steps: int | None = Field(default=None, ge=1)
+    steps: Count | None = None
     guidance: float | None = Field(default=None, ge=0, le=100)
     solver: Solver = "euler"
 
@@ -66,7 +66,7 @@ def openai_routes(studio: Studio) -> APIRouter:
         return {"object": "list", "data": [listed(model) for model in studio.models]}
 
     @routes.get("/models/{model}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(model: Text) -> dict[str, Any]:
         """One of the models that are served."""
         return listed(studio.choose(model))
 
@@ -101,7 +101,7 @@ def openai_routes(studio: Studio) -> APIRouter:
         return {"created": _now(), "data": data, "size": size, "output_format": "png"}
 
     @routes.get("/images/files/{name}.png", response_class=Response)
-    async def file(name: str) -> Response:
+    async def file(name: Text) -> Response:
         """A picture that was asked for as `url`, for as long as it is kept."""
         png = await studio.kept(name)
         if png is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import serve
 
-from tinyflux.errors import InputError, OverloadedError, TinyFluxError
+from tinyflux.errors import InputError, OverloadedError, ServingError, TinyFluxError
 from tinyflux.model.zoo import ZooConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeConfig
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
@@ -44,6 +44,7 @@ class Painter:
         self._metrics = EngineMetrics(name)
         self._seen = signature(checkpoint)
         self._engine = ImageEngine(dataclasses.replace(config, checkpoint=checkpoint), zoo)
+        self._engine.check_defaults()
         self._reloads, self._mistake, self._looked = 0, "", time.monotonic()
         self._ended = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
@@ -81,9 +82,17 @@ class Painter:
         except InputError as error:
             yield Refused(400, str(error))
         except TinyFluxError as error:
-            yield Refused(503, str(error), BROKEN_SECONDS)
+            yield self._failed(error)
         finally:
             ticket.cancel()
+
+    def _failed(self, error: TinyFluxError) -> Refused:
+        """Whether a picture failed by itself, or with the engine: another one may draw it then."""
+        try:
+            self._engine.check_health()
+        except ServingError:
+            return Refused(503, str(error), BROKEN_SECONDS)
+        return Refused(500, str(error))
 
     async def limits(self) -> dict[str, int]:
         """The sizes that can be asked for, in pixels."""

@@ -13,6 +13,7 @@ from tinyflux.errors import InputError
 from tinyflux.serving.events import Refused
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MAX_SHOWN = 60  # characters
 _SENTENCES = {404: "there is nothing at this address", 405: "this address has no such method"}
 
 
@@ -23,6 +24,8 @@ class ApiError(Exception):
         param: the field at fault.
         code: OpenAI's word for the mistake.
         retry_after: seconds after which another try may do better.
+        closes: whether the connection ends with the answer: its body was not read to the end, so
+            there is no place for a next request.
     """
 
     def __init__(
@@ -32,10 +35,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        closes: bool = False,
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
+        self.retry_after, self.closes = retry_after, closes
 
     @classmethod
     def of(cls, refused: Refused) -> "ApiError":
@@ -48,9 +52,9 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {
-                "message": self.message,
+                "message": encodable(self.message),
                 "type": _TYPES.get(self.status, kind),
-                "param": self.param,
+                "param": None if self.param is None else encodable(self.param),
                 "code": self.code,
             }
         }
@@ -62,14 +66,26 @@ class ApiError(Exception):
             headers["Retry-After"] = str(max(1, ceil(self.retry_after)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.closes:
+            headers["Connection"] = "close"
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def encodable(text: str) -> str:
+    """``text`` with ``?`` for what cannot be written as UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def shown(text: str) -> str:
+    """What a client sent, as an error repeats it: its beginning."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
     first: Mapping[str, Any] = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    place = shown(".".join(str(part) for part in first["loc"] if part != "body"))
     if first["type"] == "extra_forbidden":
         what = "is not a known field"
     elif first["type"] == "missing":

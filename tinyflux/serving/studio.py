@@ -68,7 +68,8 @@ class Studio:
             every_step: tell of steps without a preview, too.
 
         Raises:
-            ApiError: it is refused, not drawn in time, or lost with too many replicas.
+            ApiError: it is refused, not drawn in time, lost with too many replicas, or failed by
+                itself.
         """
         if self.config.log_prompts:
             logger.info("%s draws %r (not %r)", model, request.prompt, request.negative_prompt)
@@ -104,6 +105,14 @@ class Studio:
             except RayServeException as error:
                 raise ApiError(
                     503, f"the model '{model}' has no replica that works", retry_after=5
+                ) from error
+            except ApiError:
+                raise
+            except Exception as error:
+                # The replica lives: what it could not be sent, read or answer, no other one can.
+                logger.exception("a replica of %s could not be asked", model)
+                raise ApiError(
+                    500, "the server failed at this request; its log says how"
                 ) from error
         raise ApiError(
             503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
