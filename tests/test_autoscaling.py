@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from tests.deployment import deploy
-from tests.ray_head import ROOT, answers, free_ports, running_cluster, wait_for
+from tests.ray_head import ROOT, running_cluster
 from tests.serving_place import make_place
+from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.serving.engine import ServeConfig
@@ -26,7 +27,7 @@ def test_replicas_follow_the_queue(tmp_path):
         serve=ServeConfig(
             checkpoint=str(place / "model"), cpus_per_replica=0.5, min_replicas=1, max_replicas=2,
             scale_up_seconds=1.0, scale_down_seconds=2.0, max_steps=1000, max_height=16,
-            max_width=16, default_size=16, max_batch=2, max_queue=8, timeout_s=120.0,
+            max_width=16, default_size=16, max_batch=2, max_queue=8, timeout_s=PATIENCE,
         ),
     )  # fmt: skip
     save_run_config(run, place / "run.yaml")
@@ -40,7 +41,7 @@ def test_replicas_follow_the_queue(tmp_path):
     url, enough = f"http://127.0.0.1:{port}", threading.Event()
     with running_cluster(tmp_path / "head.log") as cluster:
         deploy(cluster, place / "serve.yaml")
-        wait_for(lambda: answers(f"{url}/readyz"), 400)
+        wait_for(lambda: answers(f"{url}/readyz"))
 
         def replicas():
             return len(cluster.processes(b"model-tinyflux"))
@@ -48,7 +49,7 @@ def test_replicas_follow_the_queue(tmp_path):
         def keep_asking(_):
             told = []
             body = {"prompt": "red circle", "num_steps": 100, "width": 16, "height": 16}
-            with httpx.Client(timeout=120) as http:
+            with httpx.Client(timeout=PATIENCE) as http:
                 while not enough.is_set():
                     told.append(http.post(f"{url}/generate", json=body).status_code)
             return told
@@ -57,10 +58,10 @@ def test_replicas_follow_the_queue(tmp_path):
         with ThreadPoolExecutor(CALLERS) as pool:
             asked = [pool.submit(keep_asking, caller) for caller in range(CALLERS)]
             try:
-                wait_for(lambda: replicas() == 2, 120)
+                wait_for(lambda: replicas() == 2)
             finally:
                 enough.set()
             told = [status for one in asked for status in one.result()]
         assert set(told) == {200}
-        wait_for(lambda: replicas() == 1, 120)
+        wait_for(lambda: replicas() == 1)
         assert answers(f"{url}/readyz")

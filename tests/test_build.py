@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.caches import CAPTIONS, assert_same, changed, make, rows_by_key
+from tests.waiting import PATIENCE
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
 from tinyflux.cache.dataset import CachedDataset
@@ -483,12 +484,12 @@ def start(processes, configs, limit=0):
     started = processes.Event()
     process = processes.Process(target=run, args=(configs, started, limit))
     process.start()
-    assert started.wait(timeout=120)
+    assert started.wait(PATIENCE)
     return process
 
 
 def finish(process):
-    process.join(timeout=120)
+    process.join(PATIENCE)
     code = process.exitcode
     process.close()
     return code

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests import waiting
 from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 from tinyflux.errors import (
     CheckpointError,
@@ -25,7 +26,7 @@ from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progres
 from tinyflux.trainer.sampling import Sampler
 
 STEP = 4  # the toy VAE's downscale
-TIMEOUT = 60.0
+TIMEOUT = waiting.PATIENCE
 
 
 def save_student(folder, seed, **changes):
@@ -114,10 +115,7 @@ async def collect(ticket):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    waiting.wait_for(condition, every=0.002)
 
 
 class Gate:
@@ -330,6 +328,7 @@ def test_a_request_waits_for_its_own_previews_and_for_no_other(place, monkeypatc
     with opened(place, max_batch=4) as engine:
         engine.generate(request())
         decode = Gate(monkeypatch, engine._zoo, "decode_latents")
+        wait_for(lambda: engine.stats()["batch_size"] == 0)  # its last step is counted
         before = engine.stats()["steps"]
         eager = engine.submit(request(num_steps=40, preview_every=1, width=8))
         wait_for(lambda: engine.stats()["steps"] == before + 2)

@@ -7,7 +7,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.ray_head import answers, finish, free_ports, succeed, wait_for
+from tests.ray_head import finish, succeed
+from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 
 pytest.importorskip("ray")
@@ -88,9 +89,9 @@ def test_every_job_from_pictures_to_a_server(head, run):
     assert (root / "evaluation.json").exists()
 
     address = f"http://127.0.0.1:{run.serve.port}"
-    wait_for(lambda: answers(f"{address}/healthz"), 240)
+    wait_for(lambda: answers(f"{address}/healthz"))
     body = {"prompt": "red circle", "num_steps": 2, "width": 24, "height": 16}
-    answer = httpx.post(f"{address}/generate", json=body, timeout=60)
+    answer = httpx.post(f"{address}/generate", json=body, timeout=PATIENCE)
     assert picture_size(answer.content) == (24, 16)
     assert "was stopped" in head.stop_job("server")
     with pytest.raises(httpx.ConnectError):

@@ -11,7 +11,8 @@ import subprocess
 import httpx
 import pytest
 
-from tests.ray_head import ROOT, answers, free_ports, running_cluster, succeed, wait_for
+from tests.ray_head import ROOT, running_cluster, succeed
+from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.sources import DataConfig
@@ -70,19 +71,19 @@ def test_prometheus_gets_every_metric_of_the_dashboard(tmp_path):
             return set(names["data"])
 
         try:
-            wait_for(lambda: answers(f"{url}/-/ready"), 60)
+            wait_for(lambda: answers(f"{url}/-/ready"))
             succeed(cluster.start("ray_jobs/build_cache.py", *config))
             succeed(cluster.start("ray_jobs/train.py", *config))
             server = ("--no-wait", "--submission-id=server")
             succeed(cluster.start("ray_jobs/serve.py", *config, options=server))
             address = f"http://127.0.0.1:{run.serve.port}"
-            wait_for(lambda: answers(f"{address}/readyz"), 240)
+            wait_for(lambda: answers(f"{address}/readyz"))
             body = {"prompt": "red circle", "num_steps": 4, "width": 16, "height": 16,
                     "preview_every": 1}  # fmt: skip
             events = {"Accept": "text/event-stream"}
-            answer = httpx.post(f"{address}/generate", json=body, headers=events, timeout=60)
+            answer = httpx.post(f"{address}/generate", json=body, headers=events, timeout=PATIENCE)
             assert "finished" in answer.text
-            wait_for(lambda: asked() <= told(), 60)
+            wait_for(lambda: asked() <= told())
             cluster.stop_job("server")
         finally:
             missing = asked() - told()

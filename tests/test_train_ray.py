@@ -1,9 +1,11 @@
-"""Real Ray Train and DeepSpeed on two workers, from a cache that Ray Data built."""
+"""Real Ray Train and DeepSpeed on two workers, from a cache that Ray Data built.
+
+Slow: each of the eight runs starts one or two processes that import torch and DeepSpeed.
+"""
 
 import os
 import signal
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.ray_head import ray_processes
+from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 from tinyflux.errors import CacheError, ConfigError, TrainingError
 from tinyflux.model.loader import load_model
@@ -62,13 +65,16 @@ def world(tmp_path_factory):
     ray.shutdown()
 
 
-@pytest.fixture
-def make_run(world, tmp_path):
+@pytest.fixture(scope="module")
+def make_run(world, tmp_path_factory):
+    """Makes runs of two workers whose settings a test changes; each has a directory of its own."""
+
     def make(name="run", workers=None, **changes):
         trainer = TrainerConfig(
             **{
                 "learning_rate": 1e-3,
                 "warmup_steps": 2,
+                "lr_scheduler": "constant",
                 "lune_warmup_steps": 4,
                 "sol_warmup_steps": 4,
                 "gradient_accumulation": 1,
@@ -84,7 +90,7 @@ def make_run(world, tmp_path):
         )
         workers = {"cpus_per_worker": 0.5, "num_workers": 2, **(workers or {})}
         return SimpleNamespace(
-            run_dir=str(tmp_path / name),
+            run_dir=str(tmp_path_factory.mktemp(name) / name),
             cache=SimpleNamespace(path=world.cache),
             mix=[],
             model=student_config(),
@@ -94,6 +100,20 @@ def make_run(world, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def straight(make_run):
+    """A finished run of two workers, with everything that stands beside the steps."""
+    run = make_run(
+        "straight",
+        validate_every=6,
+        sample_every=6,
+        sample_prompts=CAPTIONS[:2],
+        sample_steps=2,
+    )
+    assert train(run) == f"{run.run_dir}/final"
+    return run
 
 
 def losses(run):
@@ -109,12 +129,14 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_leaves_everything_in_its_directory_and_returns_at_once_when_done(make_run):
-    run = make_run(validate_every=6, sample_every=6, sample_prompts=CAPTIONS[:2], sample_steps=2)
-    made = train(run)
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def test_a_run_leaves_everything_in_its_directory_and_is_left_alone_when_done(straight):
+    run = straight
     root = Path(run.run_dir)
     path = root / "final"
-    assert made == str(path)
     assert sorted(p.name for p in (root / "checkpoints").iterdir()) == [
         f"step_{step:08d}" for step in (4, 8, 12)
     ]
@@ -141,41 +163,34 @@ def test_a_run_leaves_everything_in_its_directory_and_returns_at_once_when_done(
         root / "samples" / "step_00000012.png"
     ).read_bytes()
 
-    started = time.perf_counter()
-    assert train(run) == made
-    assert time.perf_counter() - started < 1
+    before = stamps(root)
+    assert train(run) == str(path)
+    assert stamps(root) == before
 
 
-def test_workers_accumulation_engines_and_zero_stages_train_alike(make_run):
-    plain = {"engine": "torch"}
-    whole = [  # a batch in one piece
-        make_run("torch-one", {**plain, "num_workers": 1}),
-        make_run("zero0-one", {"num_workers": 1, "zero_stage": 0}),
-        make_run("zero2-one", {"num_workers": 1}),
-    ]
-    halves = [  # in two, by workers or one after the other
-        make_run("torch-two", plain),
-        make_run("zero2-two"),
+def test_workers_accumulation_and_engines_train_alike(make_run, straight):
+    """The stages' agreement among themselves is test_zero's, without Ray."""
+    whole = make_run("torch-one", {"engine": "torch", "num_workers": 1})
+    halves = [  # of a batch, by workers or one after the other
+        make_run("torch-two", {"engine": "torch"}),
         make_run("zero1-accumulated", {"num_workers": 1, "zero_stage": 1}, gradient_accumulation=2),
     ]
-    for run in (*whole, *halves):
+    for run in (whole, *halves):
         train(run)
-    for first, others, close in ((whole[0], whole, 1e-7), (halves[0], halves, 1e-7),
-                                 (whole[0], halves, 1e-6)):  # fmt: skip
+    halves.append(straight)
+    for first, others, close in ((halves[0], halves, 1e-7), (whole, halves, 1e-6)):
         for run in others:
             torch.testing.assert_close(losses(run), losses(first), rtol=0, atol=close)
             torch.testing.assert_close(final(run), final(first), rtol=0, atol=close)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make_run):
-    straight, killed = make_run("straight"), make_run("killed")
-    train(straight)
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make_run, straight):
+    killed = make_run("killed")
     checkpoints = Path(killed.run_dir) / "checkpoints"
     victims = []
 
     def kill():
-        while not (checkpoints / "step_00000004").exists():
-            time.sleep(0.005)
+        wait_for((checkpoints / "step_00000004").exists, every=0.005)
         for pid in ray_processes(os.getpid(), b"TrainWorker"):
             victims.append(pid)
             os.kill(pid, signal.SIGKILL)
@@ -184,17 +199,15 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_weights(make
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     train(killed)
-    thread.join(timeout=10)
+    thread.join(PATIENCE)
     assert victims
     assert same(final(killed), final(straight))
     steps = [r["step"] for r in read_metrics(Path(killed.run_dir) / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run, tmp_path):
-    straight = make_run("straight", lr_scheduler="constant")
-    resized = make_run("resized", lr_scheduler="constant")
-    train(straight)
+def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run, straight):
+    resized = make_run("resized")
     train(replace_total(resized, 4))
     resized.workers = replace(resized.workers, num_workers=1, engine="torch")
     train(resized)

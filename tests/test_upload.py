@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.hub_server import running_hub
 from tests.ray_head import ROOT
 from tests.trainers import make_trainer
+from tests.waiting import PATIENCE
 
 TOKEN = "hf_" + "s" * 34
 # In a process of its own: huggingface_hub reads its environment once.
@@ -37,7 +37,7 @@ def train(tmp_path, url, seconds=60, **changes):
         [sys.executable, "-c", JOB, tmp_path, json.dumps({**RUN, **changes}), str(seconds)],
         env={**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
              "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
@@ -96,10 +96,9 @@ def test_a_refusal_is_not_repeated(tmp_path):
 
 def test_a_slow_hub_neither_stalls_the_run_nor_holds_it_for_ever(tmp_path):
     with running_hub(TOKEN) as (hub, url):
-        hub.slow = 60.0
-        begun = time.monotonic()
+        hub.slow = 2 * PATIENCE  # longer than the process may take
         said = train(tmp_path, url, seconds=1)
-        assert time.monotonic() - begun < 50
+        assert hub.files == {}
     assert "2 uploads to me/model were not done within 1 s" in said
 
 

@@ -12,12 +12,16 @@ import httpx
 PATIENCE = 300.0 * float(os.environ.get("TINYFLUX_TEST_PATIENCE", "1"))
 
 
-def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Return as soon as ``condition`` holds; fail where it does not within ``seconds``."""
-    deadline = time.monotonic() + max(seconds, PATIENCE)
+def wait_for(condition: Callable[[], object], seconds: float = 0, every: float = 0.1) -> None:
+    """Return once ``condition`` holds, looked at ``every`` so many seconds.
+
+    It fails after :data:`PATIENCE`, or ``seconds`` where that is more.
+    """
+    seconds = max(seconds, PATIENCE)
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {max(seconds, PATIENCE):.0f} s"
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(every)
 
 
 def answers(url: str) -> bool:
