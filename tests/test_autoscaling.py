@@ -1,4 +1,7 @@
-"""A queue that lasts gets another replica; a server that nobody asks gives it back."""
+"""A queue that lasts gets another replica; a server that nobody asks gives it back.
+
+Slow: a Ray and a server of its own, and a second replica that imports torch.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

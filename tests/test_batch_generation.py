@@ -1,4 +1,7 @@
-"""Pictures for files of prompts, by Ray Data's actors, through kills."""
+"""Pictures for files of prompts, by Ray Data's actors, through kills.
+
+Slow: five drivers and their actors import torch.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""A cache build without Ray: what is computed, what is kept, and what is refused."""
+"""A cache build without Ray: what is computed, what is kept, and what is refused.
+
+Slow: the twenty kills at the end, each of a process that begins to build.
+"""
 
 import json
 import multiprocessing

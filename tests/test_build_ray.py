@@ -1,4 +1,7 @@
-"""The build job on a real Ray: against the bare loop, and through the deaths of its processes."""
+"""The build job on a real Ray: against the bare loop, and through the deaths of its processes.
+
+Slow: drivers and actors that import torch start again after each death; a cluster of three nodes.
+"""
 
 import gc
 import json

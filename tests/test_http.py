@@ -1,4 +1,7 @@
-"""The server as people meet it: deployed by `serve deploy`, asked by real clients."""
+"""The server as people meet it: deployed by `serve deploy`, asked by real clients.
+
+Slow: a Ray, and a server of five processes that import torch, for all tests of the module.
+"""
 
 import base64
 import contextlib

@@ -1,4 +1,7 @@
-"""Every job through ``ray job submit``."""
+"""Every job through ``ray job submit``.
+
+Slow: seven jobs, one after the other where each needs the one before; most of it is imports.
+"""
 
 import io
 from pathlib import Path

@@ -1,6 +1,7 @@
 """``ray up`` with the shipped file over real ssh to three hosts, a host lost in each stage.
 
-As root: ``TINYFLUX_LAUNCH=1 pytest tests/test_launch.py -s``. It takes seven minutes on two cores.
+As root: ``TINYFLUX_LAUNCH=1 pytest tests/test_launch.py -s``. Slow: seven minutes on two cores,
+most of which Ray takes to miss a host and to start on it again.
 """
 
 import contextlib

@@ -1,3 +1,8 @@
+"""Checkpoints as they are found: directories, files, wrapped names, what does not fit.
+
+Slow: a model of the published size is filled.
+"""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,8 @@
+"""The student: its laws, its goldens, its refusals.
+
+Slow: one model is compiled.
+"""
+
 import dataclasses
 import json
 from pathlib import Path

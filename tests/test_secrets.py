@@ -1,4 +1,7 @@
-"""Tokens and keys stay out of what is saved, logged and shown, however Ray was started."""
+"""Tokens and keys stay out of what is saved, logged and shown, however Ray was started.
+
+Slow: two Rays of their own, since how a Ray is started is what is asked about.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""``ray_jobs/serve.py`` as a process: it starts, is in time, and ends without cutting off."""
+"""``ray_jobs/serve.py`` as a process: it starts, is in time, and ends without cutting off.
+
+Slow: the job starts a Ray and a server of four processes that import torch.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""`tinyflux run`, with everything in a bucket and with everything on a disk."""
+"""`tinyflux run`, with everything in a bucket and with everything on a disk.
+
+Slow: a Ray, an S3 server and seven commands of the command line, each of which imports torch.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""Where a run's numbers can be watched, with the real packages."""
+"""Where a run's numbers can be watched, with the real packages.
+
+Slow: wandb starts a service.
+"""
 
 import importlib.util
 import json

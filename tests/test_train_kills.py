@@ -1,4 +1,7 @@
-"""Training through the deaths of its processes and of a node."""
+"""Training through the deaths of its processes and of a node.
+
+Slow: after each of ten deaths, processes that import torch start again; a node comes and goes.
+"""
 
 import gc
 import json

@@ -1,3 +1,8 @@
+"""The plain trainer: what it learns, keeps, continues and refuses.
+
+Slow: one model is compiled.
+"""
+
 import json
 import re
 import resource

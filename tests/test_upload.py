@@ -1,4 +1,7 @@
-"""Uploads with the real huggingface_hub to a server that speaks the Hub's calls."""
+"""Uploads with the real huggingface_hub to a server that speaks the Hub's calls.
+
+Slow: a hub that is down is asked six times.
+"""
 
 import json
 import os

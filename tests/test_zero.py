@@ -1,4 +1,7 @@
-"""Real DeepSpeed on real process groups, without Ray: every ZeRO stage trains like plain torch."""
+"""Real DeepSpeed on real process groups, without Ray: every ZeRO stage trains like plain torch.
+
+Slow: seven processes import torch and DeepSpeed, and train some 150 times four steps.
+"""
 
 import os
 import socket
