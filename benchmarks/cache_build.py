@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 
 from tinyflux.cache.build import BuildConfigs, build
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardTask
-from tinyflux.cache.extract import CacheConfig, Sample, extractor_for
+from tinyflux.cache.extract import Sample, extractor_for
 from tinyflux.cache.keys import digest_of, sample_key
-from tinyflux.cache.sources import DataConfig, decode_picture
+from tinyflux.cache.sources import decode_picture
 from tinyflux.distributed.build import RayRunner
-from tinyflux.model.config import preset
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import ZooConfig, preset
 from tinyflux.toy.openmoji import write_picture_folder
 from tinyflux.toy.world import SHIPPED
 

@@ -26,17 +26,15 @@ import pyarrow.parquet as pq
 import torch
 
 from tinyflux.cache.build import BuildConfigs, LocalRunner, Makers, build
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.encode import ShardTask
-from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.manifest import GroupInfo, Recipe
 from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import write_group, write_null_text
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import verify
-from tinyflux.model.config import preset
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import ZooConfig, preset
 
 SIZES = (1_000, 10_000, 100_000)
 

@@ -41,7 +41,8 @@ import torch
 from transformers import T5Tokenizer
 
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
-from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.cache.config import MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig, load_run_config
 from tinyflux.distributed.data import read_held_out, worker_steps
 from tinyflux.model.config import TinyFluxConfig

@@ -30,12 +30,12 @@ import torch
 from ray import serve
 
 from tinyflux.distributed.ray_session import ensure_ray
-from tinyflux.model.config import preset
+from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ZooConfig
 from tinyflux.serving.app import build_app
-from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageEngine, ImageRequest
 from tinyflux.toy.world import SHIPPED
 
 SIDE = 32  # pixels

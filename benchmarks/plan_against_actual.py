@@ -20,16 +20,15 @@ from pathlib import Path
 import ray
 import torch
 
-from tinyflux.cache.extract import CacheConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.receipts import all_receipts
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
-from tinyflux.distributed.train import WorkersConfig, train
-from tinyflux.model.config import preset
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.plan.cluster import ClusterConfig
+from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.train import train
+from tinyflux.model.config import ZooConfig, preset
+from tinyflux.plan.config import ClusterConfig
 from tinyflux.plan.plan import make_plan
 from tinyflux.toy.openmoji import in_demo, write_picture_folder
 from tinyflux.toy.world import SHIPPED

@@ -139,7 +139,8 @@ def write(loader: str, folder: Path, shards: int) -> None:
 def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterator[Any]:
     """One pass or, of those without an end, more, as batches of fp16 tensors."""
     if loader == OURS:
-        from tinyflux.cache.mixture import CacheMixture, MixSource
+        from tinyflux.cache.config import MixSource
+        from tinyflux.cache.mixture import CacheMixture
         from tinyflux.distributed.data import worker_steps
         from tinyflux.distributed.order import BLOCK, WINDOW
         from tinyflux.trainer.config import TrainerConfig

@@ -34,15 +34,15 @@ import numpy as np
 import pyarrow as pa
 
 from tinyflux.cache.build import describe_tasks, read_receipts
+from tinyflux.cache.config import DataConfig, MixSource
 from tinyflux.cache.index import SCHEMA
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
-from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
 from tinyflux.cache.receipts import Receipt, group_path, receipt_path
 from tinyflux.cache.reuse import FormerRows
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.store import LocalStore
 from tinyflux.distributed.order import Rows, SampleOrder, Stream
 from tinyflux.util.config import to_dict

@@ -51,12 +51,12 @@ from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
 from torch import Tensor
 
-from tinyflux.model.config import preset
+from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.serving.prompts import PromptCache
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.sampling import (

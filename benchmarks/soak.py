@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from tinyflux.errors import ServingError, TinyFluxError
-from tinyflux.model.config import preset
+from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.solvers import SOLVERS
 

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from tinyflux.cache.extract import Extractor
-from tinyflux.model.config import preset
+from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ZooConfig
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine

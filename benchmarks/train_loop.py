@@ -31,16 +31,15 @@ from pathlib import Path
 import ray
 import torch
 
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.mixture import CacheMixture, MixSource
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
+from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.data import worker_steps
-from tinyflux.distributed.train import WorkersConfig, train
-from tinyflux.model.config import TinyFluxConfig, preset
+from tinyflux.distributed.train import train
+from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ZooConfig
 from tinyflux.toy.openmoji import in_demo, write_picture_folder
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig

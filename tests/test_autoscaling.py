@@ -16,7 +16,7 @@ from tests.serving_place import make_place
 from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 
 pytestmark = pytest.mark.slow
 CALLERS = 6

@@ -23,15 +23,17 @@ from tests.waiting import PATIENCE, wait_for
 from tests.worlds import zoo_config
 from tinyflux.errors import InputError
 from tinyflux.model.loader import load_model
-from tinyflux.serving.batch import SampleConfig, read_picture
+from tinyflux.serving.batch import read_picture, wanted_pictures
+from tinyflux.serving.config import SampleConfig
 from tinyflux.serving.prompt_file import Wish
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.config import to_dict
 
 JOB = """
 import json, sys
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.serving.batch import SampleConfig, sample_prompts
+from tinyflux.model.config import ZooConfig
+from tinyflux.serving.config import SampleConfig
+from tinyflux.serving.batch import sample_prompts
 from tinyflux.util.config import from_dict
 sample_prompts(from_dict(SampleConfig, json.loads(sys.argv[1]), "test"),
                from_dict(ZooConfig, json.loads(sys.argv[2]), "test"))
@@ -50,9 +52,9 @@ def test_every_line_is_a_picture_with_its_own_settings(tmp_path):
     first = Wish("first", "", 2, 5.0, 64, 64, 5)
     wanted = [first, replace(first, prompt="a", seed=6),
               replace(first, prompt="b", seed=9, height=8, num_steps=3)]  # fmt: skip
-    assert config.wishes() == wanted
+    assert wanted_pictures(config) == wanted
     config.prompts_file = write(tmp_path / "p.txt", "a \n\nb\n")
-    assert [wish.prompt for wish in config.wishes()] == ["first", "a", "b"]
+    assert [wish.prompt for wish in wanted_pictures(config)] == ["first", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +74,14 @@ def test_every_line_is_a_picture_with_its_own_settings(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = write(tmp_path / "p.jsonl", f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(InputError, match=message):
-        SampleConfig(prompts_file=file).wishes()
+        wanted_pictures(SampleConfig(prompts_file=file))
 
 
 def test_no_prompts_and_no_file_are_said(tmp_path):
     with pytest.raises(InputError, match="there are no prompts"):
-        SampleConfig().wishes()
+        wanted_pictures(SampleConfig())
     with pytest.raises(InputError, match="cannot be read"):
-        SampleConfig(prompts_file=str(tmp_path / "none.txt")).wishes()
+        wanted_pictures(SampleConfig(prompts_file=str(tmp_path / "none.txt")))
 
 
 @pytest.fixture(scope="module")

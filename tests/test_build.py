@@ -23,13 +23,13 @@ from tests.caches import CAPTIONS, assert_same, changed, make, rows_by_key
 from tests.waiting import PATIENCE
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig, Extractor
+from tinyflux.cache.extract import Extractor
 from tinyflux.cache.inspect import describe
 from tinyflux.cache.manifest import CutCaptions, Manifest
-from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.cache.receipts import all_receipts
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import verify
 from tinyflux.distributed.data import worker_steps
 from tinyflux.errors import CacheError, InputError

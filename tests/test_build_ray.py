@@ -20,9 +20,8 @@ from tests.caches import CAPTIONS, assert_same, changed
 from tests.waiting import PATIENCE, wait_for
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
 from tinyflux.distributed.build import refuse_impossible_actor
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import to_dict

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.config import CacheConfig
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig, Extractor, Sample
+from tinyflux.cache.extract import Extractor, Sample
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.shards import ShardReader, write_null_text, write_shard
 from tinyflux.cache.store import LocalStore

@@ -18,10 +18,9 @@ from tests.caches import CAPTIONS, assert_same, changed, make
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache import build as build_module
 from tinyflux.cache.build import BuildConfigs, LocalRunner, claim, estimate
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.manifest import Manifest, sha256
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import drop, verify
 from tinyflux.cli import run_job
 

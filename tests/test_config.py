@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import docstring_parser
 import pytest
 import torch
 
-from tinyflux.cache.mixture import MixSource
+from tinyflux.cache.config import MixSource
 from tinyflux.cache_cli import COMMANDS as CACHE_COMMANDS
 from tinyflux.cli import COMMANDS, run_job
 from tinyflux.config import RunConfig, load_run_config, parse_run_config, save_run_config
@@ -128,3 +129,40 @@ def test_every_setting_has_its_sentence():
             # In a sentence's form: a capital, or something quoted, and a full stop.
             assert re.match(r"[A-Z`]|torch\.", sentence), f"{section}: {name}"
             assert sentence.endswith("."), f"{section}: {name}"
+
+
+MACHINERY = {"ray", "transformers", "diffusers", "pyarrow", "deepspeed", "fastapi"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tinyflux.config",
+        "from tinyflux.cli import run_job; run_job('train', ['--help'])",
+        "from tinyflux.cli import run_job; run_job('serve', ['--serve.prot', '1'])",
+    ],
+)
+def test_settings_are_read_without_the_machinery(code):
+    """Not by the clock, which a busy machine slows: by what is loaded."""
+    report = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('loaded:', *sorted({MACHINERY} & sys.modules.keys())))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", report + code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1].strip() == "loaded:"
+
+
+@pytest.mark.parametrize("package", ["cache", "distributed", "model", "plan", "serving"])
+def test_a_sections_module_needs_errors_and_util_alone(package):
+    path = Path(__file__).parents[1] / "tinyflux" / package / "config.py"
+    needed = {node.module for node in ast.parse(path.read_text()).body
+              if isinstance(node, ast.ImportFrom)}  # fmt: skip
+    ours = {name for name in needed if name and name.startswith("tinyflux")}
+    assert ours <= {
+        "tinyflux.errors",
+        "tinyflux.util.config",
+        "tinyflux.util.urls",
+        "tinyflux.util.limits",
+    }

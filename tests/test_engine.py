@@ -22,7 +22,8 @@ from tinyflux.errors import (
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.serving.app import run_server
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress
 from tinyflux.trainer.sampling import Sampler
 
 STEP = 4  # the toy VAE's downscale

@@ -27,7 +27,8 @@ from tests.ray_head import ROOT, answers, free_ports, running_cluster, wait_for
 from tests.serving_place import make_place, save_student
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageEngine, ImageRequest
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from ray_jobs.serve import app
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.errors import ConfigError
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import ZooConfig
 from tinyflux.serving.api import make_api
 from tinyflux.serving.app import build_app, served_models
 from tinyflux.serving.board import Board
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.keys import check_exposure, read_keys
 from tinyflux.serving.metrics import size_label
 from tinyflux.serving.painter import signature

@@ -17,12 +17,10 @@ from tests.worlds import CAPTIONS, make_world, student_config, zoo_config
 pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.train import WorkersConfig
-from tinyflux.serving.batch import SampleConfig
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.distributed.config import WorkersConfig
+from tinyflux.serving.config import SampleConfig, ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,8 @@ import torch
 
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.mixture import CacheMixture, MixSource
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.distributed.data import read_held_out, worker_steps
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.model.model import TinyFluxDeep

@@ -18,7 +18,7 @@ from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.pipeline.export import export, make_pipeline
 from tinyflux.pipeline.pipeline import TinyFluxPipeline
-from tinyflux.serving.batch import SampleConfig
+from tinyflux.serving.config import SampleConfig
 from tinyflux.trainer.sampling import Sampler, initial_noise
 
 # transformers and diffusers say of themselves what they will change.

@@ -13,18 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, estimate
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig
+from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.memory import sent_bytes
-from tinyflux.distributed.train import WorkersConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.model.zoo import _SD15_UNET
 from tinyflux.plan import encoders
-from tinyflux.plan.cluster import GB, ClusterConfig
+from tinyflux.plan.config import GB, ClusterConfig
 from tinyflux.plan.plan import make_plan
 from tinyflux.plan.work import count_step, flop_counter, step_work
 from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint

@@ -14,11 +14,10 @@ import pytest
 from tests.ray_head import ROOT, running_cluster, succeed
 from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.train import WorkersConfig
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.distributed.config import WorkersConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 
 pytestmark = pytest.mark.slow

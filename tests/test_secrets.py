@@ -22,8 +22,7 @@ from tests.worlds import make_world, student_config, write_pictures, zoo_config
 
 pytest.importorskip("ray")
 
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
 
 pytestmark = pytest.mark.slow

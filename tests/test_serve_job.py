@@ -17,7 +17,7 @@ from tests.ray_head import ENVIRONMENT, ROOT, answers, free_ports, wait_for
 from tests.serving_place import make_place
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 
 pytestmark = pytest.mark.slow
 

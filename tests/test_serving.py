@@ -6,7 +6,8 @@ from PIL import Image
 from tests.serving_place import make_place
 from tests.worlds import zoo_config
 from tinyflux.errors import InputError
-from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageEngine, ImageRequest
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from tests.serving_place import make_place
 from tests.worlds import zoo_config
 from tinyflux.serving.api import make_api
 from tinyflux.serving.board import Board
-from tinyflux.serving.engine import ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Accepted
 from tinyflux.serving.native import GenerateBody, ReloadBody
 from tinyflux.serving.openai import ImagesBody

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import fs
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.sources import (
-    DataConfig,
     choose_size,
     decode_mask,
     decode_picture,

@@ -13,10 +13,9 @@ from tests.caches import assert_same, make
 from tests.s3_server import BUCKET, s3_server
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.manifest import Manifest
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config
 from tinyflux.errors import CacheError, ConfigError, StorageError
@@ -24,7 +23,8 @@ from tinyflux.serving.weights import signature
 from tinyflux.storage import copies, remote
 from tinyflux.storage.copies import copy_of, fetch
 from tinyflux.storage.mirror import Mirror, working_copy
-from tinyflux.storage.remote import RemoteFolder, join, open_folder
+from tinyflux.storage.remote import RemoteFolder, open_folder
+from tinyflux.util.urls import join
 
 
 @pytest.fixture(scope="module")

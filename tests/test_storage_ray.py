@@ -22,12 +22,11 @@ from tests.ray_head import ROOT, running_cluster
 from tests.s3_server import BUCKET, s3_server
 from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.train import WorkersConfig
-from tinyflux.serving.batch import SampleConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest, ServeConfig
+from tinyflux.distributed.config import WorkersConfig
+from tinyflux.serving.config import SampleConfig, ServeConfig
+from tinyflux.serving.engine import ImageEngine, ImageRequest
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.config import TrainerConfig
 

@@ -22,10 +22,9 @@ from safetensors.torch import load_file
 from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.sources import DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig
-from tinyflux.distributed.train import WorkersConfig
+from tinyflux.distributed.config import WorkersConfig
 from tinyflux.trainer.checkpoint import latest_checkpoint, read_state
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics

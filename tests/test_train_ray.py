@@ -28,11 +28,11 @@ from tinyflux.trainer.trainer import Trainer
 ray = pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
+from tinyflux.cache.config import CacheConfig, DataConfig  # noqa: E402
 from tinyflux.cache.dataset import CachedDataset  # noqa: E402
-from tinyflux.cache.extract import CacheConfig  # noqa: E402
-from tinyflux.cache.sources import DataConfig  # noqa: E402
 from tinyflux.distributed.build import build_cache  # noqa: E402
-from tinyflux.distributed.train import WorkersConfig, train  # noqa: E402
+from tinyflux.distributed.config import WorkersConfig  # noqa: E402
+from tinyflux.distributed.train import train  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.toy.world import WorldSizes, build_untrained
 
 CAPTIONS = ["red circle", "blue square", "green heart", "a yellow star on black"]

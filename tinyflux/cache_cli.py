@@ -10,18 +10,20 @@ from tinyflux.errors import CacheError
 def build(arguments: Sequence[str]) -> None:
     """Build a dataset, or what is missing of it or has changed."""
     from tinyflux.config import parse_run_config
-    from tinyflux.distributed.build import build_cache
 
     run = parse_run_config(arguments, "tinyflux cache build")
+    from tinyflux.distributed.build import build_cache
+
     build_cache(run.data, run.zoo, run.cache, run.model)
 
 
 def plan(arguments: Sequence[str]) -> None:
     """Measure a few batches and predict bytes, hours and memory of the build."""
     from tinyflux.config import parse_run_config
-    from tinyflux.distributed.build import plan_cache
 
     run = parse_run_config(arguments, "tinyflux cache plan")
+    from tinyflux.distributed.build import plan_cache
+
     print(plan_cache(run.data, run.zoo, run.cache, run.model))
 
 

@@ -1,4 +1,8 @@
-"""The command line: every job of ``ray_jobs/`` is also a subcommand of ``tinyflux``."""
+"""The command line: every job of ``ray_jobs/`` is also a subcommand of ``tinyflux``.
+
+A command reads its settings before it imports what does the work, so that ``--help`` and a mistake
+need not wait for it.
+"""
 
 import argparse
 import io
@@ -21,26 +25,29 @@ def _cache(arguments: Sequence[str]) -> None:
 
 def _train(arguments: Sequence[str]) -> None:
     from tinyflux.config import keep_run_config, parse_run_config
-    from tinyflux.distributed.train import train
 
     run = parse_run_config(arguments, "tinyflux train")
+    from tinyflux.distributed.train import train
+
     keep_run_config(run)
     print(f"trained: {train(run)}", flush=True)
 
 
 def _sample(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
-    from tinyflux.serving.batch import sample_prompts
 
     run = parse_run_config(arguments, "tinyflux sample")
+    from tinyflux.serving.batch import sample_prompts
+
     sample_prompts(run.sample, run.zoo)
 
 
 def _serve(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
-    from tinyflux.serving.app import run_server
 
     run = parse_run_config(arguments, "tinyflux serve")
+    from tinyflux.serving.app import run_server
+
     run_server(run.serve, run.zoo)
 
 
@@ -49,10 +56,11 @@ def _export(arguments: Sequence[str]) -> None:
     what = "Write the run's student as a diffusers pipeline that needs no TinyFlux."
     place, rest = _first(usage, arguments, "where to", what)
     from tinyflux.config import parse_run_config
+
+    run = parse_run_config(rest, "tinyflux export DIRECTORY")
     from tinyflux.pipeline.export import export
     from tinyflux.storage.copies import fetch
 
-    run = parse_run_config(rest, "tinyflux export DIRECTORY")
     assert run.sample.checkpoint is not None
     made = export(fetch(run.sample.checkpoint), run.zoo, place)
     print(f"exported {run.sample.checkpoint} to {made}")
@@ -106,16 +114,20 @@ def _toy(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
+
+    run = parse_run_config(arguments, "tinyflux evaluate")
     from tinyflux.review.evaluate import evaluate
 
-    print(evaluate(parse_run_config(arguments, "tinyflux evaluate")))
+    print(evaluate(run))
 
 
 def _report(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
+
+    run = parse_run_config(arguments, "tinyflux report")
     from tinyflux.review.report import write_report
 
-    print(write_report(parse_run_config(arguments, "tinyflux report")))
+    print(write_report(run))
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -14,21 +14,17 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
-from tinyflux.cache.extract import CacheConfig
-from tinyflux.cache.mixture import MixSource
-from tinyflux.cache.sources import DataConfig
-from tinyflux.distributed.train import WorkersConfig
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.distributed.config import WorkersConfig
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import TinyFluxConfig, preset
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.plan.cluster import ClusterConfig
-from tinyflux.serving.batch import SampleConfig
-from tinyflux.serving.engine import ServeConfig
-from tinyflux.storage.remote import check_url, is_url, join, open_folder
+from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
+from tinyflux.plan.config import ClusterConfig
+from tinyflux.serving.config import SampleConfig, ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import config as plain
 from tinyflux.util.config import dtype_name, nearest, parse_dtype
 from tinyflux.util.files import atomic_write
+from tinyflux.util.urls import check_url, is_url, join
 
 OPTIONS = {"config", "help", "print_config"}
 EXAMPLE = """example:
@@ -112,6 +108,9 @@ def save_run_config(run: RunConfig, path: str | os.PathLike[str]) -> None:
 
 def keep_run_config(run: RunConfig) -> None:
     """Write the resolved config as ``config.yaml`` into the run's directory."""
+    # Only here: reading a run file must not wait for pyarrow.
+    from tinyflux.storage.remote import open_folder
+
     open_folder(run.run_dir).write("config.yaml", _yaml(run))
 
 

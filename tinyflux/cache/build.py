@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import ESTIMATE_NAME, Cost, Estimate, compare, measure
-from tinyflux.cache.extract import CacheConfig, Extractor, extractor_for
+from tinyflux.cache.extract import Extractor, extractor_for
 from tinyflux.cache.index import INDEX_FOLDER, index_path, read_index, write_index
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.manifest import (
@@ -43,11 +44,10 @@ from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt, recei
 from tinyflux.cache.reuse import FormerRows, Reused
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import is_whole, write_null_text
-from tinyflux.cache.sources import DataConfig, Unit, list_units
+from tinyflux.cache.sources import Unit, list_units
 from tinyflux.cache.store import Store, open_store
 from tinyflux.errors import CacheError, ConfigError, InputError
-from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.util.config import from_dict, to_dict
 
 MAKERS_NAME, REJECTED_NAME = "makers.json", "rejected.parquet"

@@ -12,20 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.extract import Extractor, Sample
 from tinyflux.cache.keys import Size, content_keys, digest_of
 from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.reuse import CONTENT_COLUMNS, Reused, batches
 from tinyflux.cache.schema import GROUPS, KEY
 from tinyflux.cache.shards import ShardReader, finite_rows, write_group
-from tinyflux.cache.sources import (
-    DataConfig,
-    decode_mask,
-    decode_picture,
-    fit_mask,
-    fit_picture,
-    open_pictures,
-)
+from tinyflux.cache.sources import decode_mask, decode_picture, fit_mask, fit_picture, open_pictures
 from tinyflux.cache.store import Store
 from tinyflux.errors import InputError
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.encode import ShardWork
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.keys import Size
 from tinyflux.cache.receipts import Receipt
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.store import LocalStore
 from tinyflux.util.text import duration
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyflux.cache.config import CacheConfig
 from tinyflux.cache.keys import Size
 from tinyflux.cache.manifest import GroupInfo, ModelInfo, Recipe
-from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
-from tinyflux.errors import CacheError, ConfigError
+from tinyflux.errors import CacheError
 from tinyflux.model.teachers import SPATIAL_SIZE, lune_features, sol_features
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util.buckets import default_buckets
@@ -42,46 +42,6 @@ class Sample:
     caption: str
     image: Image.Image | None = None
     mask: Image.Image | None = None
-
-
-@dataclass
-class CacheConfig:
-    """How a dataset is built.
-
-    Attributes:
-        path: The dataset's directory or URL.
-        extract_lune: Run the teacher Lune and keep its features.
-        extract_sol: Run the teacher Sol and keep its statistics and maps.
-        num_actors: Number of Ray actors that encode, each with all models.
-        cpus_per_actor: CPUs that Ray reserves for an actor, and its threads.
-        gpus_per_actor: GPUs that Ray reserves for an actor; 0 encodes on CPUs.
-        batch_size: Pictures of one forward.
-        rows_per_shard: The most samples that are committed together; shards are cut where their
-            content says, so most are somewhat smaller.
-        seed: Seed of the noise that teachers see.
-    """
-
-    path: str = ""
-    extract_lune: bool = True
-    extract_sol: bool = True
-    num_actors: int = 1
-    cpus_per_actor: float = 1.0
-    gpus_per_actor: float = 0.0
-    batch_size: int = 32
-    rows_per_shard: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_actors", "batch_size", "rows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"cache.{name} must be at least 1, not {getattr(self, name)}")
-        if self.rows_per_shard > MAX_ROWS_PER_SHARD:
-            raise ConfigError(
-                f"cache.rows_per_shard must be at most {MAX_ROWS_PER_SHARD}, not "
-                f"{self.rows_per_shard}"
-            )
-        if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
-            raise ConfigError("cache.cpus_per_actor and cache.gpus_per_actor must not be negative")
 
 
 class Extractor:

@@ -7,15 +7,9 @@ which follows the sizes and times of its files: a unit that has not changed is n
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import digest_of
-from tinyflux.cache.sources import (
-    DataConfig,
-    RawPicture,
-    Unit,
-    decode_mask,
-    decode_picture,
-    read_unit,
-)
+from tinyflux.cache.sources import RawPicture, Unit, decode_mask, decode_picture, read_unit
 from tinyflux.cache.store import Store
 from tinyflux.errors import InputError
 from tinyflux.util.config import to_dict

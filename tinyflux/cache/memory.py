@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyflux.cache.config import MAX_ROWS_PER_SHARD
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest, Recipe, ShardInfo
-from tinyflux.cache.schema import MAX_ROWS_PER_SHARD
 from tinyflux.cache.shards import require_finite, write_null_text, write_shard
 from tinyflux.cache.store import open_store
 from tinyflux.errors import CacheError, InputError

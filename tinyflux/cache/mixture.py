@@ -3,36 +3,18 @@
 import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.errors import CacheError, ConfigError
+from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
 
 # What a sample of a cache without the teacher has instead; its mask is False.
 TEACHERS = {"lune": ("lune",), "sol": ("sol_stats", "sol_spatial")}
-
-
-@dataclass
-class MixSource:
-    """A cache in a mixture.
-
-    Attributes:
-        path: The cache's directory or URL.
-        weight: The cache's samples in training, relative to the other caches' weights, however many
-            rows it has.
-    """
-
-    path: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"the weight of cache '{self.path}' must be above 0")
 
 
 class CacheMixture:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import Size, digest_of, sample_key
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
 from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
-from tinyflux.cache.sources import DataConfig, choose_size, size_problem
+from tinyflux.cache.sources import choose_size, size_problem
 from tinyflux.cache.store import Store
 
 Row = dict[str, str | int]

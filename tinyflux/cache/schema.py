@@ -42,8 +42,6 @@ TOKENS = "t5_length"  # beside a text column that drops padding
 
 SHAPE_FIELD, DTYPE_FIELD = b"tinyflux.shape", b"tinyflux.dtype"
 
-# A page holds at most 2**31 bytes, and pyarrow starts a new one after 20,000 rows.
-MAX_ROWS_PER_SHARD = 16384
 MAX_COLUMN_BYTES = 2**31 - 2**16
 
 Column = Tensor | Sequence[str] | Sequence[int]

@@ -15,7 +15,8 @@ from tinyflux.cache.manifest import FileInfo
 from tinyflux.errors import CacheError
 from tinyflux.storage.copies import copy_of
 from tinyflux.storage.folder import Folder, LocalFolder
-from tinyflux.storage.remote import RemoteFolder, is_url
+from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.urls import is_url
 
 AT_ONCE = 16  # requests to a storage that answers each after a while
 CHUNK = 1024

@@ -13,17 +13,16 @@ from typing import Any
 
 import tinyflux.errors as errors
 from tinyflux.cache.build import BuildConfigs, Makers, build, estimate, measure_task, prepare
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import Cost, Estimate
-from tinyflux.cache.extract import CacheConfig
 from tinyflux.cache.index import write_index
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.receipts import read_receipt
-from tinyflux.cache.sources import DataConfig, Unit
+from tinyflux.cache.sources import Unit
 from tinyflux.distributed.metrics import Gauges
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError
-from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.util.config import from_dict, to_dict
 
 # Shards above these numbers share blocks. Few enough for the driver, enough to keep actors alike

@@ -3,10 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import from_dict, nearest, to_dict
+
+if TYPE_CHECKING:
+    from tinyflux.model.zoo import ModelZoo
 
 # Keys of published v4.2 configs that have another name, or one possible value, here.
 _PUBLISHED_NAMES = {"joint_attention_dim": "t5_hidden_size"}
@@ -236,3 +241,40 @@ def preset(name: str) -> TinyFluxConfig:
             f"unknown preset '{name}'{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}"
         )
     return dataclasses.replace(PRESETS[name])
+
+
+@dataclass
+class ZooConfig:
+    """The frozen models; what they are asked for comes from the student's config.
+
+    Attributes:
+        vae_repo: A hub repository or directory with the student's VAE, in ``vae/`` or at its root.
+        t5_repo: A hub repository or directory with T5's encoder and its tokenizer.
+        clip_repo: A hub repository or directory with CLIP's text model and its tokenizer.
+        experts_repo: A hub repository or directory with the teachers: ``lune/`` and ``sol/``, or
+            single files of SD1.5's architecture.
+        sd_repo: A hub repository or directory with the teachers' VAE.
+        device: Where the models run; ``"auto"`` is CUDA if there is one, else the CPU.
+        dtype: Precision of weights and encodings: float32, bfloat16 or float16.
+    """
+
+    vae_repo: str = "black-forest-labs/FLUX.1-dev"
+    t5_repo: str = "google/flan-t5-base"
+    clip_repo: str = "openai/clip-vit-large-patch14"
+    experts_repo: str = "AbstractPhil/tinyflux-experts"
+    sd_repo: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    device: str = "auto"
+    dtype: torch.dtype = torch.float32
+
+    def build(self, model: TinyFluxConfig) -> "ModelZoo":
+        """A zoo whose encodings are what ``model`` is trained on."""
+        # Only here: reading a run file must not wait for transformers and diffusers.
+        from tinyflux.model.zoo import ModelZoo
+
+        return ModelZoo(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            t5_layers=model.t5_layers,
+            max_text_length=model.max_text_length,
+            text_padding=model.text_padding,
+            vae_shift=model.latent_shift,
+        )

@@ -3,12 +3,10 @@
 A local directory goes wherever a hub repository's name goes.
 """
 
-import dataclasses
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +28,6 @@ from transformers import (
 )
 
 from tinyflux.errors import ConfigError, HubError, InputError
-from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
 from tinyflux.util.config import nearest
 from tinyflux.util.text import first_line
@@ -355,40 +352,6 @@ class ModelZoo:
         for batch in _batches(prompts, batch_size):
             # CLIP was trained without a padding mask.
             yield model(tokenize(tokenizer, batch, self.clip_limit).ids.to(self.device))
-
-
-@dataclass
-class ZooConfig:
-    """:class:`ModelZoo`'s arguments as a section of a run file; the rest comes from the model.
-
-    Attributes:
-        vae_repo: A hub repository or directory with the student's VAE, in ``vae/`` or at its root.
-        t5_repo: A hub repository or directory with T5's encoder and its tokenizer.
-        clip_repo: A hub repository or directory with CLIP's text model and its tokenizer.
-        experts_repo: A hub repository or directory with the teachers: ``lune/`` and ``sol/``, or
-            single files of SD1.5's architecture.
-        sd_repo: A hub repository or directory with the teachers' VAE.
-        device: Where the models run; ``"auto"`` is CUDA if there is one, else the CPU.
-        dtype: Precision of weights and encodings: float32, bfloat16 or float16.
-    """
-
-    vae_repo: str = "black-forest-labs/FLUX.1-dev"
-    t5_repo: str = "google/flan-t5-base"
-    clip_repo: str = "openai/clip-vit-large-patch14"
-    experts_repo: str = "AbstractPhil/tinyflux-experts"
-    sd_repo: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    device: str = "auto"
-    dtype: torch.dtype = torch.float32
-
-    def build(self, model: TinyFluxConfig) -> ModelZoo:
-        """A zoo whose encodings are what ``model`` is trained on."""
-        return ModelZoo(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
-            t5_layers=model.t5_layers,
-            max_text_length=model.max_text_length,
-            text_padding=model.text_padding,
-            vae_shift=model.latent_shift,
-        )
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:

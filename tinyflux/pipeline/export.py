@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinyflux.errors import TinyFluxError
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import load_model
-from tinyflux.model.zoo import ZooConfig
 from tinyflux.pipeline.pipeline import TinyFluxPipeline, make_scheduler
 from tinyflux.pipeline.transformer import TinyFluxTransformer
 from tinyflux.util.files import atomic_write

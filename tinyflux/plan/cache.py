@@ -7,21 +7,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tinyflux.cache.build import read_estimate
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
-from tinyflux.cache.sources import DataConfig
 from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.store import open_store
+from tinyflux.config import RunConfig
 from tinyflux.errors import ConfigError
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.teachers import SPATIAL_SIZE
-from tinyflux.model.zoo import ZooConfig
 from tinyflux.plan import encoders
-from tinyflux.plan.cluster import ClusterConfig
+from tinyflux.plan.config import ClusterConfig
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import dtype_name
 
@@ -86,11 +86,8 @@ class CachePlan:
         return (self.total_bytes - self.bytes.get(ROWS, 0)) / self.samples
 
 
-def plan_cache(run: Any) -> CachePlan:
+def plan_cache(run: RunConfig) -> CachePlan:
     """From the cache itself, else an estimate that was measured for it, else formulas.
-
-    Args:
-        run: a ``RunConfig``.
 
     Raises:
         ConfigError: nobody said how many samples there are, or the actors do not fit.
@@ -174,7 +171,7 @@ def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
     )
 
 
-def _nodes(actors: int, cache: Any, cluster: ClusterConfig) -> int:
+def _nodes(actors: int, cache: CacheConfig, cluster: ClusterConfig) -> int:
     """That hold the actors."""
     gpus, cpus = cluster.gpus_per_node, cluster.cpus_per_node
     each = actors
@@ -211,7 +208,7 @@ def _scaled(estimate: Estimate, samples: int, actors: int) -> Estimate:
     )
 
 
-def _by_formula(run: Any, grid: tuple[int, int]) -> Estimate:
+def _by_formula(run: RunConfig, grid: tuple[int, int]) -> Estimate:
     """Bytes from shapes; seconds from FLOPs, where the models are the published ones."""
     model, cluster = run.model, run.cluster
     if not cluster.samples:
@@ -248,7 +245,7 @@ def _by_formula(run: Any, grid: tuple[int, int]) -> Estimate:
     return Estimate(cluster.samples, shards, actors, {size: cluster.samples}, here, cost)
 
 
-def _encoding_seconds(run: Any, groups: Collection[str]) -> tuple[dict[str, float], float]:
+def _encoding_seconds(run: RunConfig, groups: Collection[str]) -> tuple[dict[str, float], float]:
     """Of a sample's groups alone, and of all together; nothing where models or speed are unknown.
 
     The teachers' latents are encoded once for both.

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tinyflux.plan.cluster import Speed
+from tinyflux.plan.config import Speed
 
 MEASURED_SIDE = 512
 

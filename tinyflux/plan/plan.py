@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from tinyflux.config import RunConfig
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan, plan_cache
-from tinyflux.plan.cluster import GB
+from tinyflux.plan.config import GB
 from tinyflux.plan.training import TrainingPlan, plan_training
 from tinyflux.util.config import to_dict
 from tinyflux.util.text import duration, rounded, size
@@ -60,8 +60,8 @@ class Plan:
         ]
 
 
-def make_plan(run: Any, measured: bool = False, calibrated: bool = False) -> Plan:
-    """Plan a ``RunConfig``; see :func:`plan_cache` and :func:`plan_training`.
+def make_plan(run: RunConfig, measured: bool = False, calibrated: bool = False) -> Plan:
+    """Plan a run; see :func:`plan_cache` and :func:`plan_training`.
 
     Args:
         measured: index the pictures and encode a few batches first, on Ray.

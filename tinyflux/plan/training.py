@@ -1,18 +1,20 @@
 """What training will take: memory by ZeRO stage, steps a second, checkpoints."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from tinyflux.config import RunConfig
+from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.memory import FP32, buffer_bytes, sent_bytes, worker_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.model.zoo import resolve_device
 from tinyflux.plan.cache import CachePlan
-from tinyflux.plan.cluster import GB, ClusterConfig
+from tinyflux.plan.config import GB, ClusterConfig
 from tinyflux.plan.work import StepWork, calibrate, step_work
+from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.config import dtype_name
 
 # CUDA's context, cuBLAS, NCCL and what the allocator cannot use.
@@ -73,11 +75,10 @@ class TrainingPlan:
         return max(self.compute + self.communication, self.reading)
 
 
-def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
+def plan_training(run: RunConfig, cache: CachePlan, calibrated: bool) -> TrainingPlan:
     """Plan the run's training.
 
     Args:
-        run: a ``RunConfig``.
         calibrated: measure a step here, on what must be the cluster's kind of worker.
 
     Raises:
@@ -145,7 +146,7 @@ def plan_training(run: Any, cache: CachePlan, calibrated: bool) -> TrainingPlan:
 
 
 def _seconds(
-    run: Any, work: StepWork, micro_batch: int, grid: tuple[int, int], calibrated: bool
+    run: RunConfig, work: StepWork, micro_batch: int, grid: tuple[int, int], calibrated: bool
 ) -> tuple[float, str]:
     """Seconds that a worker computes for a micro-batch, and what they come from."""
     workers, trainer = run.workers, run.trainer
@@ -172,7 +173,7 @@ def _seconds(
     )
 
 
-def _nodes(workers: Any, cluster: ClusterConfig) -> tuple[int, int]:
+def _nodes(workers: WorkersConfig, cluster: ClusterConfig) -> tuple[int, int]:
     """Nodes that the workers need, and workers on each."""
     count = workers.num_workers
     each = count
@@ -191,7 +192,7 @@ def _nodes(workers: Any, cluster: ClusterConfig) -> tuple[int, int]:
     return -(-count // each), each
 
 
-def _memory(work: StepWork, run: Any, stage: int) -> dict[str, float]:
+def _memory(work: StepWork, run: RunConfig, stage: int) -> dict[str, float]:
     """Bytes of each kind on one worker's GPU or, without GPUs, in its process."""
     workers = run.workers
     kinds: dict[str, float] = dict(
@@ -208,11 +209,11 @@ def _memory(work: StepWork, run: Any, stage: int) -> dict[str, float]:
     return kinds
 
 
-def _evaluates(trainer: Any) -> bool:
+def _evaluates(trainer: TrainerConfig) -> bool:
     return bool(trainer.validate_every or (trainer.sample_every and trainer.sample_prompts))
 
 
-def _limit(workers: Any, cluster: ClusterConfig, each: int) -> float:
+def _limit(workers: WorkersConfig, cluster: ClusterConfig, each: int) -> float:
     """Bytes that one worker may have, 0 if not stated."""
     if workers.use_gpu:
         return cluster.gpu_bytes
@@ -245,7 +246,7 @@ def _check_memory(
     )
 
 
-def _check_host(work: StepWork, run: Any, each: int) -> None:
+def _check_host(work: StepWork, run: RunConfig, each: int) -> None:
     """Whether a node's memory holds what its workers keep beside GPUs."""
     cluster, workers, trainer = run.cluster, run.workers, run.trainer
     if not (workers.use_gpu and cluster.memory_gb_per_node):

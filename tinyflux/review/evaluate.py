@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.mixture import CacheMixture, MixSource
+from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig
 from tinyflux.distributed.data import read_held_out
 from tinyflux.distributed.ray_session import ensure_ray
@@ -21,11 +22,11 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo, resolve_device
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.storage.mirror import working_copy
-from tinyflux.storage.remote import join
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write
+from tinyflux.util.urls import join
 
 PROMPTS = 64
 

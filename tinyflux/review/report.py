@@ -15,10 +15,10 @@ from tinyflux.config import RunConfig
 from tinyflux.errors import MissingDependencyError, TinyFluxError
 from tinyflux.review.stages import RECORD
 from tinyflux.storage.mirror import working_copy
-from tinyflux.storage.remote import join
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.files import atomic_write
+from tinyflux.util.urls import join
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -18,8 +18,9 @@ from typing import Any
 
 from tinyflux.config import RunConfig, keep_run_config, parse_run_config
 from tinyflux.errors import TinyFluxError
-from tinyflux.storage.remote import join, open_folder
+from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import to_dict
+from tinyflux.util.urls import join
 
 RECORD = "stages.json"
 # Stages tell their progress themselves; no library's bars or requests between their lines.

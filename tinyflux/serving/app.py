@@ -17,10 +17,11 @@ from ray import serve
 
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
-from tinyflux.model.zoo import ZooConfig
+from tinyflux.model.config import ZooConfig
 from tinyflux.serving.api import make_api
 from tinyflux.serving.board import Board
-from tinyflux.serving.engine import ImageEngine, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageEngine
 from tinyflux.serving.keys import check_exposure, read_keys
 from tinyflux.serving.painter import Painter
 from tinyflux.serving.studio import Studio

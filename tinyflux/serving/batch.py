@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from PIL.PngImagePlugin import PngInfo
 from tinyflux import errors
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
-from tinyflux.model.zoo import ZooConfig, resolve_device
+from tinyflux.model.config import ZooConfig
+from tinyflux.model.zoo import resolve_device
+from tinyflux.serving.config import SampleConfig
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompt_file import Wish, read_wishes
 from tinyflux.serving.weights import load_student
@@ -35,61 +37,6 @@ from tinyflux.trainer.sampling import Sampler, image_grid
 from tinyflux.util.config import from_dict, to_dict
 
 GRID = 64  # pictures of it
-
-
-@dataclass
-class SampleConfig:
-    """What to draw.
-
-    Attributes:
-        prompts: The prompts, one picture each.
-        prompts_file: More prompts: one per line of a text file, or of a ``.jsonl`` file with
-            settings of their own.
-        num_steps: Denoising steps of a picture.
-        guidance_scale: Scale of classifier-free guidance; 1 is without.
-        height: Height in latents; a picture is the VAE's downscale times larger.
-        width: Width in latents.
-        seed: The i-th prompt uses ``seed + i``.
-        negative_prompt: What pictures should not show; guidance leads away from it.
-        checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
-            ``final``.
-        output_dir: Where pictures are written, a directory or a URL; None is ``drawn`` in the run
-            directory.
-        batch_size: Pictures drawn at once.
-        num_actors: Number of processes that draw.
-        cpus_per_actor: CPUs that Ray reserves for each of them.
-        gpus_per_actor: GPUs that Ray reserves for each of them; 0 draws on CPUs.
-    """
-
-    prompts: list[str] = field(default_factory=list)
-    prompts_file: str | None = None
-    num_steps: int = 28
-    guidance_scale: float = 5.0
-    height: int = 64
-    width: int = 64
-    seed: int = 0
-    negative_prompt: str = ""
-    checkpoint: str | None = None
-    output_dir: str | None = None
-    batch_size: int = 16
-    num_actors: int = 1
-    cpus_per_actor: float = 1.0
-    gpus_per_actor: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_actors"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sample.{name} must be at least 1, not {getattr(self, name)}")
-
-    def wishes(self) -> list[Wish]:
-        """Every picture that is wanted.
-
-        Raises:
-            InputError: there are none, or one that cannot be drawn.
-        """
-        names = {item.name for item in dataclasses.fields(Wish)} - {"prompt"}
-        defaults = {name: getattr(self, name) for name in names}
-        return read_wishes(self.prompts, self.prompts_file, defaults)
 
 
 @dataclass
@@ -105,6 +52,17 @@ class Batch:
     missing: list[int]
 
 
+def wanted_pictures(config: SampleConfig) -> list[Wish]:
+    """Every picture that ``config`` asks for.
+
+    Raises:
+        InputError: there are none, or one that cannot be drawn.
+    """
+    names = {item.name for item in dataclasses.fields(Wish)} - {"prompt"}
+    defaults = {name: getattr(config, name) for name in names}
+    return read_wishes(config.prompts, config.prompts_file, defaults)
+
+
 def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
     """Draw every prompt that has no picture yet, on Ray; where the pictures are.
 
@@ -113,7 +71,7 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
     """
     if config.checkpoint is None or config.output_dir is None:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
-    wishes, output = config.wishes(), open_folder(config.output_dir)
+    wishes, output = wanted_pictures(config), open_folder(config.output_dir)
     weights = _fingerprint(load_student(config.checkpoint, "cpu", torch.float32))
     batches = list(_batches(config, wishes, weights, output))
     total, left = len(wishes), sum(len(batch.missing) for batch in batches)

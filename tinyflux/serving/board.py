@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 
 # A replica reports once a second; one that is silent for longer is gone or stuck.
 PRESENT_SECONDS = 10.0

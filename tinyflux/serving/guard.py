@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.keys import Keys, is_loopback
 from tinyflux.serving.metrics import RequestMetrics
 from tinyflux.serving.refusals import ApiError, shown

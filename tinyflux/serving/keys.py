@@ -6,7 +6,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from tinyflux.errors import ConfigError
-from tinyflux.serving.engine import ServeConfig
+from tinyflux.serving.config import ServeConfig
 
 MIN_KEY = 16  # characters
 

@@ -11,13 +11,14 @@ from typing import Any
 from ray import serve
 
 from tinyflux.errors import InputError, OverloadedError, ServingError, TinyFluxError
-from tinyflux.model.zoo import ZooConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, ServeConfig
+from tinyflux.model.config import ZooConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
 from tinyflux.serving.metrics import EngineMetrics
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.weights import signature
-from tinyflux.storage.remote import is_url
+from tinyflux.util.urls import is_url
 
 REPORT_SECONDS = 1.0
 URL_SECONDS = 30.0  # between looks at a checkpoint that costs money to look at

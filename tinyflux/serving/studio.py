@@ -10,7 +10,8 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
-from tinyflux.serving.engine import ImageRequest, ServeConfig
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
 from tinyflux.serving.metrics import PictureMetrics
 from tinyflux.serving.refusals import ApiError

@@ -10,7 +10,8 @@ from tinyflux.errors import StorageError
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.storage.copies import fetch
-from tinyflux.storage.remote import RemoteFolder, is_url
+from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.urls import is_url
 
 
 def load_student(checkpoint: str, device: str, dtype: torch.dtype) -> TinyFluxDeep:

@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinyflux.errors import ConfigError, StorageError
-from tinyflux.storage.remote import RemoteFolder, is_url
+from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.urls import is_url
 
 DIRECTORY, GIB = "TINYFLUX_LOCAL_DIR", "TINYFLUX_LOCAL_GIB"
 DEFAULT_GIB = 100.0

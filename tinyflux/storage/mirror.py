@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tinyflux.errors import StorageError
 from tinyflux.storage.copies import local_directory
-from tinyflux.storage.remote import RemoteFolder, is_url
+from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.urls import is_url
 
 CHECKPOINTS = "checkpoints"
 # They say that what lies beside them is whole, so they come last and go first.

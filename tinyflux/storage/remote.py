@@ -8,7 +8,6 @@ import contextlib
 import errno
 import logging
 import posixpath
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pyarrow import ArrowInvalid, fs
 
 from tinyflux.errors import ConfigError, StorageError
 from tinyflux.storage.folder import Folder, LocalFolder
+from tinyflux.util.urls import check_url, is_url
 
 TRIES, FIRST_PAUSE = 5, 1.0  # each pause is twice the one before; S3's client tries, too
 PIECE = 16 * 2**20
@@ -32,17 +32,6 @@ _FINAL = (
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def is_url(location: str) -> bool:
-    """Whether this names a place that is no path of this machine."""
-    return "://" in location
-
-
-def join(location: str, path: str) -> str:
-    """What is at ``path`` below a path or URL, which may end with ``?options``."""
-    place, mark, options = location.partition("?") if is_url(location) else (location, "", "")
-    return f"{place.rstrip('/')}/{path}{mark}{options}"
 
 
 def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
@@ -60,16 +49,6 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
     except ArrowInvalid:  # not one of pyarrow's own
         system, path = fsspec.core.url_to_fs(location)
         return fs.PyFileSystem(fs.FSSpecHandler(system)), path
-
-
-def check_url(location: str) -> None:
-    """Refuse a URL with a password, which would be kept with the run's config; ConfigError."""
-    if re.match(r"[^/]+://[^/]*:[^/]*@", location):
-        scheme, _, rest = location.partition("://")
-        raise ConfigError(
-            f"the URL '{scheme}://...@{rest.rpartition('@')[2]}' holds a password: leave it out, "
-            f"and give it in the environment, as the storage's own tools want it"
-        )
 
 
 def open_folder(location: str) -> Folder:

@@ -25,10 +25,9 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.schedules import flux_shift, shift_at
 from tinyflux.trainer.solvers import Trajectory, check_solver
 from tinyflux.util.files import atomic_write
+from tinyflux.util.limits import MAX_SIDE, MAX_STEPS
 from tinyflux.util.seeding import randn_for
 
-MAX_STEPS = 1000
-MAX_SIDE = 1024  # latent units
 MAX_SEED = 2**63 - 1
 
 

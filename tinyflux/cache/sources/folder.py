@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import digest_of
-from tinyflux.cache.sources.config import DataConfig
 from tinyflux.cache.sources.filesystem import Place, leads_out, open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason, text_captions
 from tinyflux.cache.sources.walk import Found

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinyflux.cache.sources.config import DataConfig
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.sources.filesystem import Place, files_of, open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason
 from tinyflux.cache.sources.walk import Found

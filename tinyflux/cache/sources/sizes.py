@@ -3,8 +3,8 @@
 import math
 from functools import lru_cache
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import Size
-from tinyflux.cache.sources.config import DataConfig
 
 
 @lru_cache

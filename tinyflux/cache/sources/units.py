@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import digest_of
 from tinyflux.cache.sources import folder, parquet, webdataset
-from tinyflux.cache.sources.config import DataConfig
 from tinyflux.cache.sources.filesystem import open_place, unreadable
 from tinyflux.cache.sources.raw import RawPicture
 from tinyflux.cache.sources.walk import Found

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from tinyflux.cache.sources.config import DataConfig
+from tinyflux.cache.config import DataConfig
 from tinyflux.cache.sources.filesystem import Place, files_of, open_place, unreadable
 from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.sources.raw import RawPicture, clean_captions, size_reason, text_captions

@@ -1,4 +1,4 @@
-"""The ``data`` section of a run file."""
+"""The ``data``, ``cache`` and ``mix`` sections of a run file."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ from tinyflux.util.config import nearest
 FORMATS = ("auto", "folder", "webdataset", "parquet")
 RESIZES = ("error", "crop", "bucket")
 LONG_CAPTIONS = ("cut", "reject")
+# A page holds at most 2**31 bytes, and pyarrow starts a new one after 20,000 rows.
+MAX_ROWS_PER_SHARD = 16384
 
 
 @dataclass
@@ -84,3 +86,61 @@ class DataConfig:
                 "data.max_aspect must be at least 1, data.max_rejected from 0 to below 1 and "
                 "data.max_pixels positive"
             )
+
+
+@dataclass
+class CacheConfig:
+    """How a dataset is built.
+
+    Attributes:
+        path: The dataset's directory or URL.
+        extract_lune: Run the teacher Lune and keep its features.
+        extract_sol: Run the teacher Sol and keep its statistics and maps.
+        num_actors: Number of Ray actors that encode, each with all models.
+        cpus_per_actor: CPUs that Ray reserves for an actor, and its threads.
+        gpus_per_actor: GPUs that Ray reserves for an actor; 0 encodes on CPUs.
+        batch_size: Pictures of one forward.
+        rows_per_shard: The most samples that are committed together; shards are cut where their
+            content says, so most are somewhat smaller.
+        seed: Seed of the noise that teachers see.
+    """
+
+    path: str = ""
+    extract_lune: bool = True
+    extract_sol: bool = True
+    num_actors: int = 1
+    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.0
+    batch_size: int = 32
+    rows_per_shard: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_actors", "batch_size", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"cache.{name} must be at least 1, not {getattr(self, name)}")
+        if self.rows_per_shard > MAX_ROWS_PER_SHARD:
+            raise ConfigError(
+                f"cache.rows_per_shard must be at most {MAX_ROWS_PER_SHARD}, not "
+                f"{self.rows_per_shard}"
+            )
+        if self.cpus_per_actor < 0 or self.gpus_per_actor < 0:
+            raise ConfigError("cache.cpus_per_actor and cache.gpus_per_actor must not be negative")
+
+
+@dataclass
+class MixSource:
+    """A cache in a mixture.
+
+    Attributes:
+        path: The cache's directory or URL.
+        weight: The cache's samples in training, relative to the other caches' weights, however many
+            rows it has.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"the weight of cache '{self.path}' must be above 0")
