@@ -23,8 +23,9 @@ import yaml
 from PIL import Image, ImageChops
 
 from tests.deployment import deploy
-from tests.ray_head import ROOT, answers, free_ports, running_cluster, wait_for
+from tests.ray_head import ROOT, running_cluster
 from tests.serving_place import make_place, save_student
+from tests.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.serving.config import ServeConfig
@@ -42,22 +43,22 @@ LONG = 300  # steps: some seconds
 class Server:
     def __init__(self, url, cluster, place):
         self.url, self.cluster, self.place = url, cluster, place
-        self.http = httpx.Client(base_url=url, headers=BEARER, timeout=120)
+        self.http = httpx.Client(base_url=url, headers=BEARER, timeout=PATIENCE)
 
     def draw(self, **body):
         """One picture; the answer."""
         return self.http.post("/generate", json={"prompt": "red circle", **body})
 
     def metrics(self):
-        return httpx.get(self.cluster.metrics, timeout=30).text
+        return httpx.get(self.cluster.metrics, timeout=PATIENCE).text
 
     def replica(self, model="tinyflux"):
         """What the model's one replica last said of itself."""
         told = self.http.get("/admin/replicas").json()["replicas"]
         return next((one for one in told if one["model"] == model), None)
 
-    def wait_until(self, condition, seconds=60):
-        wait_for(lambda: (said := self.replica()) is not None and condition(said), seconds)
+    def wait_until(self, condition):
+        wait_for(lambda: (said := self.replica()) is not None and condition(said))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def server(tmp_path_factory):
     with running_cluster(place / "head.log") as cluster:
         deploy(cluster, place / "serve.yaml")
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: answers(f"{url}/readyz"), 400)  # four processes import torch
+        wait_for(lambda: answers(f"{url}/readyz"))  # four processes import torch
         server = Server(url, cluster, place)
         with server.http:
             yield server
@@ -191,11 +192,11 @@ def test_curl_draws(server, tmp_path):
     file, headers = tmp_path / "a.png", {**BEARER, "Content-Type": "application/json"}
     said = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
     ask = ["curl", "-sS", "--fail-with-body", *said, "-d", '{"prompt": "red circle", "seed": 3}']
-    subprocess.run([*ask, "-o", file, f"{server.url}/generate"], check=True, timeout=60)
+    subprocess.run([*ask, "-o", file, f"{server.url}/generate"], check=True, timeout=PATIENCE)
     assert same(file.read_bytes(), server.draw(seed=3).content)
     streamed = subprocess.run(
         [*ask, "-N", "-H", "Accept: text/event-stream", f"{server.url}/generate"],
-        check=True, timeout=60, capture_output=True, text=True,
+        check=True, timeout=PATIENCE, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert [line for line in streamed.splitlines() if line.startswith("event")] == [
         "event: accepted",
@@ -264,7 +265,7 @@ def test_a_request_that_stops_half_way_is_answered_and_its_connection_closed(ser
         f"POST /generate HTTP/1.1\r\nHost: {address.netloc.decode()}\r\n"
         f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
-    with socket.create_connection((address.host, address.port), timeout=60) as half:
+    with socket.create_connection((address.host, address.port), timeout=PATIENCE) as half:
         half.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt": "re'.encode())
         with half.makefile("rb") as answers:
             said = answers.read()  # up to the connection's end
@@ -342,12 +343,12 @@ def test_a_killed_replica_loses_no_picture(server):
     assert steps[-1] == LONG
     assert same(base64.b64decode(events[-1][1]["image"]), expected[0])
     assert server.cluster.processes(b"model-tinyflux") != [before]
-    wait_for(lambda: "tinyflux_serve_lost_replicas_total{" in server.metrics(), 60)
+    wait_for(lambda: "tinyflux_serve_lost_replicas_total{" in server.metrics())
 
 
 def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
     old = server.draw(seed=3).content
-    wait_for(lambda: server.replica() is not None, 30)
+    wait_for(lambda: server.replica() is not None)
     save_student(server.place / "model", seed=2)
     statuses = []
 
@@ -356,7 +357,7 @@ def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
         statuses.append(answer.status_code)
         return not same(answer.content, old)
 
-    wait_for(changed, 60)
+    wait_for(changed)
     assert set(statuses) == {200}
     server.wait_until(lambda said: said["reloads"] >= 1)  # it says so within a second
     reloads = server.replica()["reloads"]
@@ -389,7 +390,7 @@ print(list(handle.options(stream=True).draw.remote(request, False))[-1])
 
 
 def test_a_replica_whose_engine_broke_is_replaced_and_its_pictures_are_drawn(server):
-    wait_for(lambda: server.replica("other") is not None, 30)
+    wait_for(lambda: server.replica("other") is not None)
     before = server.replica("other")["replica"]
     driver = subprocess.run(
         [sys.executable, "-c", BREAK], env=server.cluster.environment,
@@ -397,7 +398,7 @@ def test_a_replica_whose_engine_broke_is_replaced_and_its_pictures_are_drawn(ser
     )  # fmt: skip
     assert "the engine's loop broke: RuntimeError('the test breaks it')" in driver.stdout
     assert server.draw(model="other").status_code == 200
-    wait_for(lambda: (server.replica("other") or {}).get("replica", before) != before, 30)
+    wait_for(lambda: (server.replica("other") or {}).get("replica", before) != before)
 
 
 def test_ray_has_the_figures(server):
@@ -422,7 +423,7 @@ def test_ray_has_the_figures(server):
         return not missing
 
     try:
-        wait_for(asked_and_all_seen, 60)
+        wait_for(asked_and_all_seen)
     except AssertionError as error:
         raise AssertionError(f"Ray never showed {sorted(missing)}") from error
 
@@ -461,7 +462,7 @@ def browser():
 
 def test_the_page_draws_in_a_real_browser(server, browser, tmp_path):
     page = browser.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(1000 * PATIENCE)
     complaints, elsewhere = [], []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on(

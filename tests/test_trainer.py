@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tests.fake_zoo import FakeZoo
 from tests.students import MODEL, make_batch
 from tests.trainers import NULL_TEXT, Encodings, Features, make_trainer, settings, shadow, weights
+from tests.waiting import PATIENCE
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import (
@@ -245,7 +246,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path, monk
 
     def slow(directory, contents):
         begun.append(directory.name)
-        assert disk.wait(60)
+        assert disk.wait(PATIENCE)
         save_checkpoint(directory, contents)
 
     monkeypatch.setattr("tinyflux.trainer.loop.save_checkpoint", slow)
@@ -288,7 +289,7 @@ def test_a_disk_that_is_full_in_the_thread_ends_the_run_with_the_sentence(
     def data():
         for item in trainer._steps(9):
             if trainer.current_step == failing:
-                assert failed.wait(60)
+                assert failed.wait(PATIENCE)
                 trainer._loop._writer._pool.submit(int).result()  # the one before it is done
             yield item
 
@@ -312,14 +313,14 @@ def test_an_error_in_training_waits_for_the_checkpoint_and_is_the_one_raised(
 
         def slow(directory, contents, fails=fails, begun=begun, disk=disk):
             begun.set()
-            assert disk.wait(60)
+            assert disk.wait(PATIENCE)
             if fails:
                 raise CheckpointError("cannot write checkpoint")
             save_checkpoint(directory, contents)
 
         def data(trainer, begun=begun, disk=disk):
             yield from islice(trainer._steps(9), 2)
-            assert begun.wait(60)
+            assert begun.wait(PATIENCE)
             threading.Timer(0.2, disk.set).start()
             raise InputError("broken sample")
 
@@ -336,7 +337,7 @@ def test_a_second_write_waits_for_the_first_and_errors_are_raised_once():
     writer, disk, done = BackgroundWriter(), threading.Event(), []
 
     def first():
-        assert disk.wait(60)
+        assert disk.wait(PATIENCE)
         done.append("first")
         raise OSError("full")
 
