@@ -24,6 +24,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import config as plain
 from tinyflux.util.config import dtype_name, nearest, parse_dtype
 from tinyflux.util.files import atomic_write
+from tinyflux.util.text import first_line
 from tinyflux.util.urls import check_url, is_url, join
 
 OPTIONS = {"config", "help", "print_config"}
@@ -111,7 +112,12 @@ def keep_run_config(run: RunConfig) -> None:
     # Only here: reading a run file must not wait for pyarrow.
     from tinyflux.storage.remote import open_folder
 
-    open_folder(run.run_dir).write("config.yaml", _yaml(run))
+    try:
+        open_folder(run.run_dir).write("config.yaml", _yaml(run))
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir '{run.run_dir}' cannot be written: {first_line(error)}"
+        ) from error
 
 
 def _yaml(run: RunConfig) -> bytes:

@@ -22,6 +22,10 @@ class CheckpointError(TinyFluxError, ValueError):
     """A checkpoint that is missing, broken or made for another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not as they were written; an older one may be whole."""
+
+
 class CacheError(TinyFluxError, ValueError):
     """A cache that is missing, incomplete, damaged or made for another model."""
 

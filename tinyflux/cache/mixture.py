@@ -60,6 +60,10 @@ class CacheMixture:
             for grid, run in self.caches[source].grids()
         ]
 
+    def sizes(self) -> int:
+        """How many heights and widths of latents there are."""
+        return len({grid for index in range(len(self.caches)) for grid, _ in self.grids(index)})
+
     def held_out(self, fraction: float) -> np.ndarray:
         """Which rows are held out, ``[rows]`` bool, by a hash of each row's picture alone.
 

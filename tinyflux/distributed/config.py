@@ -28,6 +28,8 @@ class WorkersConfig:
         evaluator_gpus: With ``use_gpu``, the share of a GPU of the process that validates and draws
             beside training. Below 1 it comes off the workers' requests, so that a worker's GPU has
             room for it; 0 leaves it on the CPU.
+        evaluator_seconds: How long training waits for that process before a checkpoint or its next
+            look; what takes longer is given up with a line.
     """
 
     num_workers: int = 1
@@ -40,6 +42,7 @@ class WorkersConfig:
     offload: bool = False
     max_failures: int = 2
     evaluator_gpus: float = 0.25
+    evaluator_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -56,6 +59,12 @@ class WorkersConfig:
             raise ConfigError(
                 f"workers.min_workers must be from 1 to workers.num_workers = {self.num_workers}, "
                 f"not {self.min_workers}"
+            )
+        if not 0 < self.evaluator_seconds <= 1200:
+            # Collectives, in which the other workers wait meanwhile, end after 1,800 seconds.
+            raise ConfigError(
+                f"workers.evaluator_seconds must be above 0 and at most 1200, not "
+                f"{self.evaluator_seconds}"
             )
         if self.evaluator_gpus < 0:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Evaluations beside training: a process of its own looks at copies of the weights."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,12 +28,23 @@ class Beside:
         make: builds the evaluator, there.
         gpus: share of a GPU for the actor; 0 leaves it on the CPU.
         threads: of torch, there.
+        seconds: how long training waits for a look at most. What takes longer is given up with a
+            line, and so is what is asked for while the actor is still at it: a slow evaluator must
+            not hold the workers, who wait for the first one in a collective.
 
     Raises:
         TinyFluxError: what ``make`` raised: a model that is missing must not end a run later.
     """
 
-    def __init__(self, make: Callable[[torch.device], Evaluator], gpus: float, threads: int):
+    def __init__(
+        self,
+        make: Callable[[torch.device], Evaluator],
+        gpus: float,
+        threads: int,
+        seconds: float = 600.0,
+    ):
+        self._seconds = seconds
+        self._given_up: Any = None  # what the actor may still be at
         # No CPU of its own: on a small machine the workers have taken all there are.
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
         self._actor = ray.remote(**options)(_Actor).remote(make, gpus > 0, threads)
@@ -47,26 +59,43 @@ class Beside:
         self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
     ) -> None:
         """Copy the tensors and have them looked at."""
-        before = self.take(wait=True)
-        self._done += before
+        self._done += self.take(wait=True)
+        if self._given_up is not None:
+            if not ray.wait([self._given_up], timeout=0)[0]:
+                logger.warning(
+                    "the weights of step %d are not looked at: the evaluator is still busy",
+                    look.step,
+                )
+                return
+            self._given_up = None
         answer = self._actor.look.remote(look, _arrays(weights), _arrays(shadow))
         self._asked.append((look.step, answer))
 
     def take(self, wait: bool = False) -> list[Evaluation]:
         """See :class:`tinyflux.trainer.evaluation.Evaluations`."""
         done, self._done = self._done, []
+        deadline = time.monotonic() + self._seconds
         while self._asked:
             step, answer = self._asked[0]
-            if not wait and not ray.wait([answer], timeout=0)[0]:
+            left = max(deadline - time.monotonic(), 0.0) if wait else 0.0
+            if not ray.wait([answer], timeout=left)[0]:
+                if wait:
+                    logger.warning(
+                        "the weights of step %d are not looked at: the evaluator took over %g s "
+                        "(workers.evaluator_seconds)",
+                        step,
+                        self._seconds,
+                    )
+                    self._given_up = answer
+                    self._asked.clear()
                 break
             del self._asked[0]
             try:
                 done.append(ray.get(answer))
             except ray.exceptions.RayError as error:
                 # Training is worth more than one figure.
-                logger.warning(
-                    "the weights of step %d could not be looked at: %s", step, last_line(error)
-                )
+                reason = last_line(error)
+                logger.warning("the weights of step %d could not be looked at: %s", step, reason)
         return done
 
 

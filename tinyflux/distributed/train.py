@@ -14,6 +14,7 @@ import json
 import os
 import posixpath
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 
 from tinyflux import errors
 from tinyflux.cache.config import MixSource
@@ -47,7 +49,9 @@ from tinyflux.trainer.checkpoint import (
     STATE_FILE,
     TrainerState,
     latest_checkpoint,
+    left_out_if_damaged,
     load_checkpoint,
+    parse_state,
     remove_partial,
 )
 from tinyflux.trainer.config import TrainerConfig
@@ -55,18 +59,19 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
-from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.metrics import best_record, read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trackers import check_trackers
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write, full_disk_ends_run
-from tinyflux.util.text import last_line
+from tinyflux.util.text import first_line, last_line
 from tinyflux.util.urls import is_url, join
 
 FINISHED = "training.json"  # in final/, written last
 CARD, GRID = "README.md", "samples.png"
+LOCK = ".training.lock"
 
 
 class TrainRun(Protocol):
@@ -165,10 +170,12 @@ def train(run: TrainRun) -> str:
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
     check_trackers(job.trainer.trackers)
+    check_places(job.trainer, job.run_dir)
     job.open_data(check_files=True)
 
     try:
-        _fit(job)
+        with claimed(job):
+            _fit(job)
     except TrainingError as error:
         raise (_take_error(job) or error) from error
     if (left := _take_error(job)) is not None:
@@ -178,6 +185,57 @@ def train(run: TrainRun) -> str:
             f"the workers ended without finishing the run in {job.run_dir}: see their logs"
         )
     return final
+
+
+def check_places(config: TrainerConfig, run_dir: str) -> None:
+    """Refuse places that a run on Ray does not write to.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    defaults = TrainerConfig()
+    for name, place in (
+        ("checkpoint_dir", "checkpoints"),
+        ("tensorboard_dir", "tb"),
+        ("sample_dir", "samples"),
+    ):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ConfigError(
+                f"trainer.{name} is for the library's Trainer: this run writes to "
+                f"{join(run_dir, place)}, so set run_dir and leave trainer.{name} out"
+            )
+
+
+@contextmanager
+def claimed(job: _Job) -> Iterator[None]:
+    """Make the run's directory this process's while it trains.
+
+    A run at a URL has no lock: object stores know none.
+
+    Raises:
+        TrainingError: another training is at work there, or the directory cannot be written.
+    """
+    if is_url(job.run_dir):
+        yield
+        return
+    path = job.root / LOCK
+    holder = path.with_suffix(".holder")
+    lock = FileLock(path)
+    try:
+        job.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        name = holder.read_text() if holder.exists() else "another process"
+        raise TrainingError(
+            f"{job.run_dir} is being trained by {name}: wait for it, end it, or use another run_dir"
+        ) from None
+    except OSError as error:
+        raise TrainingError(f"{job.run_dir} cannot be written: {first_line(error)}") from error
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
 
 
 def _fit(job: _Job) -> None:
@@ -246,6 +304,8 @@ def _worker(settings: dict[str, Any]) -> None:
 
 def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> None:
     """Continue the run on this worker until it is done."""
+    from ray.train.collective import broadcast_from_rank_zero
+
     config, paths, main = job.trainer, job.paths(), rank == 0
     data = job.open_data(check_files=main)  # a thousand workers would ask about millions of files
     held_out = data.held_out(config.val_fraction)
@@ -257,17 +317,16 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         keep = {"step": config.keep_last_n_steps, "epoch": config.keep_last_n_epochs}
         mirror = Mirror(folder, job.root, keep)
         mirror.pull()
-    path = _latest(job)
-    checkpoint = None if path is None else load_checkpoint(path)
+    name = broadcast_from_rank_zero(_latest(job) if main else None)
+    path = None if name is None else _local_checkpoint(job, name)
+    # The first worker has compared it already, to choose it.
+    verify = config.verify_checkpoints and not main
+    checkpoint = None if path is None else load_checkpoint(path, verify)
     state = TrainerState(seed=config.seed) if checkpoint is None else checkpoint.state
     if checkpoint is not None:
         checkpoint.check(model)
         checkpoint.load_model(model)
-        if state.seed != config.seed:
-            raise ConfigError(
-                f"the run in {job.run_dir} began with trainer.seed = {state.seed}, not "
-                f"{config.seed}: keep it, or use a new run_dir"
-            )
+        check_same_stream(state, config, data, job.run_dir)
     engine = _engine(job, model)
     ema = EMA(engine.shard(), config.ema_decay)
     if main:
@@ -309,22 +368,63 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
             uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
             uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *given))
             uploader.close()
+    if main and (best := best_record(read_metrics(paths.metrics))) is not None:
+        print(
+            f"the EMA was best at step {best['step']}: held-out velocity "
+            f"{best['val_velocity_ema']:.4f}; final is of step {state.step}",
+            flush=True,
+        )
     if mirror is not None:
         mirror.push()
         shutil.rmtree(job.root, ignore_errors=True)
 
 
-def _latest(job: _Job) -> Path | None:
-    """The newest complete checkpoint, on this machine's disk."""
-    folder = job.folder
+def check_same_stream(
+    state: TrainerState, config: TrainerConfig, data: CacheMixture, run_dir: str
+) -> None:
+    """Refuse settings under which a run that goes on would see samples twice, or never.
+
+    Raises:
+        ConfigError: another seed, or another batch size where batches are dealt to sizes.
+    """
+    if state.seed != config.seed:
+        raise ConfigError(
+            f"the run in {run_dir} began with trainer.seed = {state.seed}, not "
+            f"{config.seed}: keep it, or use a new run_dir"
+        )
+    before = state.trainer.get("batch_size", config.batch_size)
+    if before != config.batch_size and data.sizes() > 1:
+        raise ConfigError(
+            f"the run in {run_dir} began with trainer.batch_size = {before}, not "
+            f"{config.batch_size}, and its pictures are of {data.sizes()} sizes, whose order "
+            "follows the batch size: keep it, or use a new run_dir"
+        )
+
+
+def _latest(job: _Job) -> str | None:
+    """The name of the newest whole checkpoint, such as ``step_00001000``."""
+    folder, verify = job.folder, job.trainer.verify_checkpoints
     if not isinstance(folder, RemoteFolder):
-        return latest_checkpoint(job.paths().checkpoints)
-    steps = {
-        json.loads(folder.read(path))["step"]: posixpath.dirname(path)
-        for path in sorted(folder.list(CHECKPOINTS))
-        if posixpath.basename(path) == STATE_FILE
-    }
-    return Path(fetch(join(job.run_dir, steps[max(steps)]))) if steps else None
+        newest = latest_checkpoint(job.paths().checkpoints, verify)
+        return None if newest is None else newest.name
+    found: list[tuple[int, str]] = []
+    for path in sorted(folder.list(CHECKPOINTS)):
+        if posixpath.basename(path) == STATE_FILE:
+            with left_out_if_damaged():
+                state = parse_state(folder.read(path), join(job.run_dir, path))
+                found.append((state.step, posixpath.basename(posixpath.dirname(path))))
+    for _, name in sorted(found, reverse=True):
+        with left_out_if_damaged():
+            load_checkpoint(_local_checkpoint(job, name), verify)
+            return name
+    return None
+
+
+def _local_checkpoint(job: _Job, name: str) -> Path:
+    """The checkpoint ``name`` on this machine's disk."""
+    if is_url(job.run_dir):
+        return Path(fetch(join(job.run_dir, f"{CHECKPOINTS}/{name}")))
+    return job.paths().checkpoints / name
 
 
 def _describe(job: _Job, data: CacheMixture, parameters: int) -> tuple[str, ...]:
@@ -367,6 +467,7 @@ def _beside(job: _Job) -> Beside:
         partial(_evaluator, to_dict(job)),
         workers.evaluator_gpus if workers.use_gpu else 0.0,
         max(1, int(workers.cpus_per_worker)),
+        workers.evaluator_seconds,
     )
 
 

@@ -59,6 +59,8 @@ def load_model(
                 f"checkpoint was trained with"
             )
     tensors = _read(weights)
+    if strict:
+        _check_depth(config, tensors, str(weights))
     model = TinyFluxDeep(config)
     _fill(model, tensors, str(weights), strict)
     return model.to(device=place, dtype=dtype).eval()
@@ -74,6 +76,8 @@ def load_config(source: str | os.PathLike[str]) -> TinyFluxConfig:
     path = _locate(os.fspath(source), CONFIG_NAME)
     try:
         data = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise CheckpointError(f"'{path}' is nested without end: it is no config") from error
     except ValueError as error:
         raise CheckpointError(f"'{path}' is not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -140,6 +144,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name")
     return {_bare(name): tensor for name, tensor in data.items()}
+
+
+def _check_depth(config: TinyFluxConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse a config of more layers than the file has tensors before a model of it is built."""
+    layers = config.num_double_layers + config.num_single_layers
+    if layers > len(tensors):
+        raise CheckpointError(
+            f"'{where}' does not fit the model's config: it holds {len(tensors)} tensors, which "
+            f"cannot be {layers} layers"
+        )
 
 
 def _bare(name: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tinyflux.errors import ConfigError, StorageError
 from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.files import file_sha256
 from tinyflux.util.urls import is_url
 
 DIRECTORY, GIB = "TINYFLUX_LOCAL_DIR", "TINYFLUX_LOCAL_GIB"
@@ -53,7 +54,7 @@ def copy_of(folder: RemoteFolder, path: str, size: int, sha256: str) -> Path:
             with _temporary(size) as work:
                 part = work / "part"
                 folder.download(path, part)
-                if (found := _sha256(part)) != sha256:
+                if (found := file_sha256(part)) != sha256:
                     raise StorageError(
                         f"'{folder.location}/{path}' is damaged (its checksum is {found[:12]}, "
                         f"not {sha256[:12]}): `tinyflux cache repair` makes it again"
@@ -154,11 +155,3 @@ def _temporary(size: int) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            total.update(piece)
-    return total.hexdigest()

@@ -79,6 +79,9 @@ class Mirror:
         there = self.folder.list(CHECKPOINTS)
         names = {path.split("/")[1] for path in there if path.endswith(MARKS[0])}
         old = sorted(name for name in names if name.startswith(f"{kind}_"))
+        written = sorted(path.name for path in (self.root / CHECKPOINTS).glob(f"{kind}_*"))
+        if written:  # later ones are damaged: the run has still to reach them, and replaces them
+            old = [name for name in old if name <= written[-1]]
         for name in old[: max(0, len(old) - keep)]:
             files = [path for path in there if path.startswith(f"{CHECKPOINTS}/{name}/")]
             for path in sorted(files, key=_turn, reverse=True):

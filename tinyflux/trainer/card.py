@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from tinyflux.model.config import TinyFluxConfig
+from tinyflux.trainer.metrics import best_record
 
 _TEXT = """---
 {front}
@@ -69,6 +70,11 @@ def model_card(
         held_out = {name: v for name, v in record.items() if name.startswith("val_")}
         found = {"step": record["step"], **held_out} if held_out else found
     figures = _table(found) if found else "None were taken (`trainer.validate_every`)."
+    if (best := best_record(records)) is not None and best["step"] != found["step"]:
+        figures += (
+            f"\nThe EMA was best at step {best['step']}, with a `val_velocity_ema` of "
+            f"{best['val_velocity_ema']:.5g}; these weights are those of the last step.\n"
+        )
     chosen = {
         **{f"model.{name}": value for name, value in model.to_dict().items()},
         **{f"trainer.{name}": value for name, value in trainer.items()},

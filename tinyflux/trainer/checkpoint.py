@@ -5,16 +5,20 @@ A checkpoint is a directory::
     model.safetensors, config.json   the weights in fp32; load_model opens it
     ema.safetensors                  the EMA in fp32
     optimizer.safetensors            <parameter>/<key>, whole tensors
-    trainer_state.json               step, place in the data, seed, the run's settings
+    trainer_state.json               step, place in the data, seed, the run's settings, and the
+                                     SHA-256 of every file, itself included
 
 It is written under another name and renamed when it is whole: one that can be seen is complete.
 """
 
 import copy
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +28,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinyflux.errors import CheckpointError
+from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.ema import check_tensors, read_shadow, save_shadow
 from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.files import atomic_write, file_sha256
 
 FORMAT_VERSION = 1
 STATE_FILE = "trainer_state.json"
+STATE_DIGEST = "sha256"  # in it, of all that it says beside
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +54,8 @@ class TrainerState:
         seed: the run's seed.
         trainer: the TrainerConfig as plain data.
         format_version: of this file.
+        files: SHA-256 of the checkpoint's other files by name; empty in those that were written
+            before it was kept.
     """
 
     step: int = 0
@@ -55,6 +65,7 @@ class TrainerState:
     seed: int = 0
     trainer: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,8 +130,8 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: Contents) -> No
         save_model(contents.model, partial, contents.weights)
         save_shadow(partial / "ema.safetensors", contents.shadow, contents.ema_decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / "optimizer.safetensors")
-        (partial / STATE_FILE).write_text(json.dumps(to_dict(contents.state), indent=2))
-        _flush(partial)
+        state = replace(contents.state, files=_flushed(partial))
+        _write_state(partial / STATE_FILE, state)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(partial, directory)
@@ -132,47 +143,126 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: Contents) -> No
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> Checkpoint:
     """Read a checkpoint.
 
+    Args:
+        verify: read every byte once more, to compare it with what was written.
+
     Raises:
-        CheckpointError: it is missing, damaged or of a later format.
+        DamagedCheckpointError: it is missing, cut off or altered.
+        CheckpointError: it is of a later format.
     """
     directory = Path(directory)
+    state = read_state(directory)
     try:
-        state = read_state(directory)
-        return Checkpoint(
+        if verify:
+            _compare(directory, state)
+        checkpoint = Checkpoint(
             path=directory,
             model=load_file(directory / "model.safetensors"),
             shadow=read_shadow(directory / "ema.safetensors")[0],
             optimizer=load_file(directory / "optimizer.safetensors"),
             state=state,
         )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read checkpoint {directory}: {error}") from error
+        if verify:
+            _check_numbers(checkpoint)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise DamagedCheckpointError(f"cannot read checkpoint {directory}: {error}") from error
+    return checkpoint
+
+
+def _compare(directory: Path, state: TrainerState) -> None:
+    """Refuse files that are not those that were written."""
+    for name, written in state.files.items():
+        if (found := file_sha256(directory / name)) != written:
+            raise DamagedCheckpointError(
+                f"{name} is not as it was written (its SHA-256 is {found[:12]}, not {written[:12]})"
+            )
+
+
+def _check_numbers(checkpoint: Checkpoint) -> None:
+    """Refuse weights that no run can go on with.
+
+    A moment of the optimizer may overflow, which only stops that weight.
+    """
+    for name, tensors, broken in (
+        ("model", checkpoint.model, lambda tensor: ~tensor.isfinite()),
+        ("ema", checkpoint.shadow, lambda tensor: ~tensor.isfinite()),
+        ("optimizer", checkpoint.optimizer, Tensor.isnan),
+    ):
+        for key, tensor in tensors.items():
+            if broken(tensor).any():
+                raise DamagedCheckpointError(
+                    f"{name}.safetensors holds numbers that are not finite, in {key}"
+                )
 
 
 def read_state(directory: Path) -> TrainerState:
-    """Only the checkpoint's ``trainer_state.json``."""
+    """Only the checkpoint's ``trainer_state.json``; see :func:`load_checkpoint`."""
     path = directory / STATE_FILE
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
+        return parse_state(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DamagedCheckpointError(
             f"{directory} is not a training checkpoint: cannot read {STATE_FILE} ({error})"
         ) from error
-    version = data.get("format_version") if isinstance(data, dict) else None
+
+
+def parse_state(text: bytes, where: str) -> TrainerState:
+    """A ``trainer_state.json``; ``where`` names it in errors. See :func:`load_checkpoint`."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{where} is not a training checkpoint's: it is not JSON ({error})"
+        ) from error
+    if not isinstance(data, dict):
+        raise DamagedCheckpointError(
+            f"{where} is not a training checkpoint's: it holds no settings"
+        )
+    written = data.pop(STATE_DIGEST, None)
+    if written is not None and written != _digest(data):
+        raise DamagedCheckpointError(f"{where} is not as it was written: its SHA-256 is another")
+    version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}"
+            f"{where} has format version {version}, this program reads {FORMAT_VERSION}"
         )
-    return from_dict(TrainerState, data, str(path))
+    try:
+        return from_dict(TrainerState, data, where)
+    except ConfigError as error:
+        raise DamagedCheckpointError(str(error)) from error
 
 
-def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint under ``root`` with the most steps, or None."""
-    found = [path.parent for path in Path(root).glob(f"[!.]*/{STATE_FILE}")]
-    return max(found, key=lambda path: (read_state(path).step, path.name), default=None)
+def latest_checkpoint(root: str | os.PathLike[str], verify: bool = False) -> Path | None:
+    """The whole checkpoint under ``root`` with the most steps, or None.
+
+    A damaged one is left out, and a line of the log says so.
+
+    Args:
+        verify: read every file, to compare it with what was written.
+    """
+    found = []
+    for path in sorted(Path(root).glob(f"[!.]*/{STATE_FILE}")):
+        with left_out_if_damaged(path):
+            found.append((read_state(path.parent).step, path.parent))
+    for _, path in sorted(found, reverse=True):
+        with left_out_if_damaged(path / STATE_FILE):
+            if verify:
+                load_checkpoint(path)
+            return path
+    return None
+
+
+@contextmanager
+def left_out_if_damaged(state_file: Path | None = None) -> Iterator[None]:
+    """Log in one line that a checkpoint is damaged, and go on to the next."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        if state_file is None or state_file.exists():  # else it was pruned meanwhile
+            logger.warning("%s; an older checkpoint is looked for", error)
 
 
 def step_directory(root: str | os.PathLike[str], step: int) -> Path:
@@ -185,9 +275,15 @@ def epoch_directory(root: str | os.PathLike[str], epoch: int) -> Path:
     return Path(root) / f"epoch_{epoch:04d}"
 
 
-def prune(root: str | os.PathLike[str], kind: str, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of ``kind`` (``"step"`` or ``"epoch"``)."""
-    paths = sorted(Path(root).glob(f"{kind}_*/{STATE_FILE}"))
+def prune(newest: Path, keep: int) -> None:
+    """Delete all but ``keep`` checkpoints of one kind, steps or epochs, up to ``newest``.
+
+    Later ones, which a run that continued from an older one has still to reach, do not count:
+    they are damaged, and will be replaced.
+    """
+    kind = newest.name.split("_")[0]
+    paths = sorted(newest.parent.glob(f"{kind}_*/{STATE_FILE}"))
+    paths = [path for path in paths if path.parent.name <= newest.name]
     for state in paths[: max(0, len(paths) - keep)]:
         # First the file that makes it a checkpoint, so that a half-deleted one is never read.
         state.unlink()
@@ -235,8 +331,20 @@ def _stands_alone(tensor: Tensor) -> bool:
     )
 
 
-def _flush(directory: Path) -> None:
-    """Make sure that the files are on the disk before the rename is."""
-    for path in directory.iterdir():
+def _flushed(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file, all of which are on the disk afterwards."""
+    digests = {}
+    for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        digests[path.name] = file_sha256(path)
+    return digests
+
+
+def _write_state(path: Path, state: TrainerState) -> None:
+    data = to_dict(state)
+    atomic_write(path, json.dumps({**data, STATE_DIGEST: _digest(data)}, indent=2).encode())
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -91,6 +91,7 @@ class TrainerConfig:
         snr_kind: Whose min-SNR weight: ``"epsilon"`` prefers noisy times, ``"velocity"`` is that of
             what is predicted.
         async_checkpoints: Write checkpoints in a thread, from a copy in CPU memory.
+        verify_checkpoints: Compare every byte of a checkpoint that is read with its SHA-256.
         max_nonfinite_steps: Consecutive steps with gradients that are not finite, which are
             skipped, that end the run.
 
@@ -188,6 +189,7 @@ class TrainerConfig:
     shift_tokens: int | None = None
     snr_kind: str = "epsilon"
     async_checkpoints: bool = True
+    verify_checkpoints: bool = True
     max_nonfinite_steps: int = 10
 
     def __post_init__(self) -> None:

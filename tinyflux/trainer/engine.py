@@ -244,7 +244,7 @@ def restore_state(
     """Inverse of :func:`flatten_state`.
 
     Raises:
-        CheckpointError: state of parameters that the model has not.
+        CheckpointError: state of another model or optimizer; nothing has changed then.
     """
     by_name: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for path, tensor in state.items():
@@ -255,6 +255,8 @@ def restore_state(
                 "use the model config that it was made with"
             )
         by_name[name][key] = tensor
+    for name, parameter in zip(names, parameters, strict=True):
+        _check_state(name, by_name[name], _state_shapes(optimizer, parameter))
     # torch's own loader puts tensors on the right devices and knows which must stay on the CPU.
     packed = optimizer.state_dict()
     packed["state"] = {
@@ -266,6 +268,41 @@ def restore_state(
         if by_name[name]
     }
     optimizer.load_state_dict(packed)
+
+
+def _check_state(
+    name: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size] | None
+) -> None:
+    """Refuse a parameter's state with other tensors than these; a weight may have none yet."""
+    if expected is None or not found:
+        return
+    problems = [f"{name}/{key} is missing" for key in expected if key not in found]
+    problems += [f"{name}/{key} is unknown" for key in found if key not in expected]
+    problems += [
+        f"{name}/{key} is {list(found[key].shape)} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key].shape != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state does not fit: {problems[0]}; use the model config "
+            "and the trainer.optimizer that it was made with"
+        )
+
+
+def _state_shapes(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> dict[str, torch.Size] | None:
+    """What the optimizer keeps of a parameter; None for those whose layout is their own."""
+    step, shape = torch.Size(), parameter.shape
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": step, "exp_avg": shape, "exp_avg_sq": shape}
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if parameter.ndim < 2:
+            return {"step": step, "variance": shape}
+        rows, columns = torch.Size((*shape[:-1], 1)), torch.Size((*shape[:-2], 1, shape[-1]))
+        return {"step": step, "row_var": rows, "col_var": columns}
+    return None
 
 
 def _keeps_step_tensor(optimizer: torch.optim.Optimizer) -> bool:

@@ -292,16 +292,14 @@ class TrainLoop:
         contents = Contents(self.engine.model, weights, shadow, self.ema.decay, optimizer, state)
         uploader = self._uploader if upload else None
         if self._writer is None:
-            self._write(path, contents, kind, keep, uploader)
+            self._write(path, contents, keep, uploader)
         else:
-            write = partial(self._write, path, contents.snapshot(), kind, keep, uploader)
+            write = partial(self._write, path, contents.snapshot(), keep, uploader)
             self._writer.submit(write)
 
-    def _write(
-        self, path: Path, contents: Contents, kind: str, keep: int, uploader: Uploader | None
-    ) -> None:
+    def _write(self, path: Path, contents: Contents, keep: int, uploader: Uploader | None) -> None:
         save_checkpoint(path, contents)
-        prune(path.parent, kind, keep)
+        prune(path, keep)
         if uploader is not None:
             uploader.submit(path, path.name)
         self._saved()

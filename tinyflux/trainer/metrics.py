@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,11 +57,19 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a line cut off by a crash is left out."""
+    """The records of a metrics file; a line that is none, as of a crash, is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
+
+
+def best_record(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first record with the lowest held-out velocity loss of the EMA, or None without any."""
+    looked = [record for record in records if record.get("val_velocity_ema") is not None]
+    return min(looked, key=lambda record: record["val_velocity_ema"], default=None)

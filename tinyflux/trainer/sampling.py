@@ -29,6 +29,7 @@ from tinyflux.util.limits import MAX_SIDE, MAX_STEPS
 from tinyflux.util.seeding import randn_for
 
 MAX_SEED = 2**63 - 1
+DECODE_BATCH = 8  # pictures in the VAE at once, which takes far more memory than the student
 
 
 class Encoders(Protocol):
@@ -150,7 +151,12 @@ class Sampler:
                 v = guided_velocity(self._forward, path.x, t, cond, uncond, guidance_scale)
                 if path.advance(v) and callback is not None:
                     callback(path.step, num_steps, path.x)
-        return self.zoo.decode_latents(path.x, shift=config.latent_shift).float().clamp(0, 1)
+        return torch.cat(
+            [
+                self.zoo.decode_latents(part, shift=config.latent_shift).float().clamp(0, 1)
+                for part in path.x.split(DECODE_BATCH)
+            ]
+        )
 
     def save_samples(
         self,

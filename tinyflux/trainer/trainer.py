@@ -52,6 +52,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, config: TrainerConfig):
         self.model, self.config = as_module(model), config
+        self._device = next(self.model.parameters()).device
         self._engine = TorchEngine(self.model, config)
         self._ema = EMA(self.model, config.ema_decay)
         self._state = TrainerState(seed=config.seed)
@@ -95,6 +96,11 @@ class Trainer:
         Raises:
             InputError: captions are dropped and nobody knows the empty one's embeddings.
         """
+        if sampler is not None and sampler.device.type != self._device.type:
+            raise InputError(
+                f"the sampler draws on {sampler.device} and the trainer trains on {self._device}: "
+                "make the Sampler with the device that the model is on"
+            )
         if null_text is None and self.config.text_dropout > 0:
             null_text = _find_null_text(dataloader, cache, sampler)
         self._dataloader, self._cache = dataloader, cache
@@ -127,6 +133,12 @@ class Trainer:
         """
         if self._loop is None:
             raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+        device = next(self.model.parameters()).device
+        if device != self._device:
+            raise TrainingError(
+                f"the model was moved from {self._device} to {device} after the Trainer was made "
+                "with it (a Sampler moves its model): make both with one device"
+            )
         data = prefetch(self._steps(epochs))
         try:
             self._loop.run(data)
@@ -149,11 +161,12 @@ class Trainer:
             CheckpointError: it is missing, damaged or made for another model; nothing has changed
                 then.
         """
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, self.config.verify_checkpoints)
         checkpoint.check(self.model)
+        # First what may still be refused.
+        self._engine.load_optimizer_state(checkpoint.optimizer)
         checkpoint.load_model(self.model)
         self._ema.load_state_dict({"decay": self.config.ema_decay, "shadow": checkpoint.shadow})
-        self._engine.load_optimizer_state(checkpoint.optimizer)
         if checkpoint.state.seed != self.config.seed:
             logger.warning(
                 "checkpoint %s was trained with seed %d, this run has seed %d: the order of "
