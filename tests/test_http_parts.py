@@ -172,7 +172,9 @@ def test_head_is_get_without_the_body(path):
 
 def test_head_has_no_other_rights_than_get(key_file):
     assert answer_of(ServeConfig(), "HEAD", "/nowhere").status_code == 404
-    assert answer_of(ServeConfig(), "HEAD", "/generate").status_code == 405
+    refused = answer_of(ServeConfig(), "HEAD", "/generate")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert answer_of(ServeConfig(), "DELETE", "/healthz").headers["allow"] == "GET, HEAD"
     keys = ServeConfig(api_keys_file=key_file)
     assert answer_of(keys, "HEAD", "/v1/models").status_code == 401
 

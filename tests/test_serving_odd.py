@@ -4,12 +4,15 @@ import asyncio
 
 import httpx
 import pytest
+import ray
 from fastapi import FastAPI
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ray import serve
 from ray.serve import context
+from ray.serve._private.build_app import build_app
 from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.local_testing_mode import make_local_deployment_handle
 
 from tests.odd_requests import GOOD, VALUES, Address, addresses, body_of, odd_requests
 from tests.serving_place import make_place
@@ -28,12 +31,6 @@ from tinyflux.serving.studio import Studio
 JSON = {"Content-Type": "application/json"}
 
 
-def in_this_process(deployed, name, *arguments):
-    """A handle of a deployment that runs in threads of this process, as Ray Serve's tests do."""
-    bound = serve.deployment(deployed).bind(*arguments)
-    return serve.run(bound, name=name, _local_testing_mode=True)
-
-
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory) -> Studio:
     place = make_place(tmp_path_factory.mktemp("odd"))
@@ -41,16 +38,20 @@ def studio(tmp_path_factory) -> Studio:
         checkpoint=str(place / "model"), default_size=16, default_steps=2, default_guidance=2.0,
         max_steps=4, max_height=8, max_width=8,
     )  # fmt: skip
-    board, zoo = in_this_process(Board, "board", config), zoo_config(place / "world")
+    zoo = zoo_config(place / "world")
+    shared = serve.deployment(Board).options(name="board").bind(config)
+    painter = serve.deployment(Painter).options(name="model")
+    painted = painter.bind(config, zoo, "tinyflux", config.checkpoint, shared)
     me = context.ReplicaContext(
-        ReplicaID("here", DeploymentID("model-tinyflux", "tinyflux")), None, None, None, 1
+        ReplicaID("here", DeploymentID("model", "tinyflux")), None, None, None, 1
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "get_replica_context", lambda: me)  # there is none in threads
-        painter = in_this_process(
-            Painter, "model", config, zoo, "tinyflux", config.checkpoint, board
-        )
-    return Studio(config, {"tinyflux": painter}, board)
+        # As `serve.run(_local_testing_mode=True)`: replicas are threads here, and no Ray is there.
+        handles = build_app(
+            painted, name="tinyflux", make_deployment_handle=make_local_deployment_handle
+        ).deployment_handles
+    return Studio(config, {"tinyflux": handles["model"]}, handles["board"])
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,12 @@ def check_shape(answer: httpx.Response) -> None:
         assert len(answer.content) < 600, "an absurd value is not echoed whole"
 
 
+def check_told(api: FastAPI, method: str, path: str, answer: httpx.Response) -> None:
+    """The status is one that ``/openapi.json`` has for that address."""
+    told = api.openapi()["paths"][path][method.lower()]["responses"]
+    assert str(answer.status_code) in told, f"{answer.status_code}: {answer.text}"
+
+
 FIELDS = [
     *(("/generate", name) for name in GenerateBody.model_fields),
     *(("/admin/reload", name) for name in ReloadBody.model_fields),
@@ -95,7 +102,9 @@ FIELDS = [
 def test_every_field_takes_whatever_is_sent(api, path, field, value):
     content = body_of({**GOOD, field: value} if path != "/admin/reload" else {field: value})
     request = httpx.Request("POST", f"http://localhost{path}", content=content, headers=JSON)
-    check_shape(ask(api, request))
+    answer = ask(api, request)
+    check_shape(answer)
+    check_told(api, "POST", path, answer)
 
 
 # Beside what the schema knows.
@@ -108,7 +117,20 @@ def test_every_address_takes_whatever_is_sent(api, data):
     known = [*addresses(api.openapi()), *(Address("GET", path) for path in PAGES)]
     address = data.draw(st.sampled_from(known), "address")
     odd = data.draw(odd_requests(address), "request")
-    check_shape(ask(api, odd.build("http://localhost", {})))
+    answer = ask(api, odd.build("http://localhost", {}))
+    check_shape(answer)
+    if address.path not in PAGES and "{" not in address.path:  # what stands there leads elsewhere
+        check_told(api, address.method, address.path, answer)
+
+
+def test_every_error_is_told_as_it_is(api):
+    schema = api.openapi()
+    for path, methods in schema["paths"].items():
+        for method, says in methods.items():
+            for status, response in says["responses"].items():
+                if int(status) >= 400:
+                    ref = response["content"]["application/json"]["schema"]["$ref"]
+                    assert ref.endswith("/ErrorBody"), f"{method} {path} {status}"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +166,9 @@ def test_a_request_that_fails_by_itself_is_no_lost_replica(studio, caplog, promp
     assert refused.value.status == 500
     assert refused.value.retry_after is None, "another try would fail in the same way"
     assert "was lost" not in caplog.text
-    assert asyncio.run(
-        studio.picture("tinyflux", ImageRequest("red circle", "", 2, 2.0, 16, 16, 0))
-    )
+    good = ImageRequest("red circle", "", 2, 2.0, 16, 16, 0)
+    assert asyncio.run(studio.picture("tinyflux", good))
+    assert not ray.is_initialized()
 
 
 def test_a_streams_listener_is_told_of_what_fails_by_itself(studio):

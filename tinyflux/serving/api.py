@@ -10,7 +10,7 @@ from tinyflux.serving.keys import read_keys
 from tinyflux.serving.native import native_routes
 from tinyflux.serving.openai import openai_routes
 from tinyflux.serving.page import page_routes
-from tinyflux.serving.refusals import answer_mistakes
+from tinyflux.serving.refusals import ERRORS, answer_mistakes
 from tinyflux.serving.studio import Studio
 
 
@@ -26,7 +26,7 @@ def make_api(studio: Studio) -> FastAPI:
     api.add_middleware(Guard, config=studio.config, keys=read_keys(studio.config.api_keys_file))
     # Only told here, for the pages at /docs; the guard is what checks.
     bearer = [Security(HTTPBearer(auto_error=False))] if studio.config.api_keys_file else []
-    api.include_router(openai_routes(studio), dependencies=bearer)
-    api.include_router(native_routes(studio), dependencies=bearer)
+    api.include_router(openai_routes(studio), dependencies=bearer, responses=ERRORS)
+    api.include_router(native_routes(studio), dependencies=bearer, responses=ERRORS)
     api.include_router(page_routes())
     return api

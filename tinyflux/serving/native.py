@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
 from tinyflux.serving.fields import MAX_SEED, MOST, Count, Solver, Text
-from tinyflux.serving.refusals import ApiError
+from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
 
@@ -49,11 +49,20 @@ class ReloadBody(BaseModel):
     model: Text | None = Field(default=None, description="from GET /v1/models")
 
 
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}, "text/event-stream": {}}}
+}
+
+
 def native_routes(studio: Studio) -> APIRouter:
     """Everything that OpenAI's API has no word for."""
     routes, config = APIRouter(tags=["TinyFlux"]), studio.config
 
-    @routes.post("/generate", response_class=Response)
+    @routes.post(
+        "/generate",
+        response_class=Response,
+        responses={**_PICTURE, **BODY_ERRORS, **errors_of(404, 429, 503)},
+    )
     async def generate(body: GenerateBody, http: Request) -> Response:
         """Draw one picture.
 
@@ -70,7 +79,7 @@ def native_routes(studio: Studio) -> APIRouter:
         headers = {"X-Seed": str(request.seed), "X-Seconds": f"{time.monotonic() - started:.3f}"}
         return Response(png, media_type="image/png", headers=headers)
 
-    @routes.get("/info")
+    @routes.get("/info", responses=errors_of(404))
     async def info(model: Text | None = None) -> dict[str, Any]:
         """What can be asked for: models, solvers, limits and defaults."""
         chosen = studio.choose(model)
@@ -96,7 +105,7 @@ def native_routes(studio: Studio) -> APIRouter:
         """Whether the server is alive."""
         return {"status": "ok"}
 
-    @routes.get("/readyz")
+    @routes.get("/readyz", responses=errors_of(503))
     async def readyz() -> dict[str, str]:
         """Whether every model can draw now."""
         for model in studio.models:
@@ -109,7 +118,7 @@ def native_routes(studio: Studio) -> APIRouter:
         """What every replica says of itself: its batch, its queue, its reloads."""
         return {"replicas": await studio.replicas()}
 
-    @routes.post("/admin/reload", status_code=202)
+    @routes.post("/admin/reload", status_code=202, responses={**BODY_ERRORS, **errors_of(404)})
     async def reload(body: ReloadBody) -> dict[str, str]:
         """Have every replica of a model read its checkpoint again; requests go on meanwhile.
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
 from tinyflux.serving.fields import MAX_SEED, Count, Solver, Text
-from tinyflux.serving.refusals import ApiError
+from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
 
@@ -53,6 +53,11 @@ class ImagesBody(BaseModel):
     solver: Solver = "euler"
 
 
+_PICTURES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+
+
 def openai_routes(studio: Studio) -> APIRouter:
     """``/v1``: models, pictures, and the pictures that are kept for ``url``."""
     routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), studio.config, _now()
@@ -65,12 +70,16 @@ def openai_routes(studio: Studio) -> APIRouter:
         """The models that are served; the first is the default."""
         return {"object": "list", "data": [listed(model) for model in studio.models]}
 
-    @routes.get("/models/{model}")
+    @routes.get("/models/{model}", responses=errors_of(404))
     async def model(model: Text) -> dict[str, Any]:
         """One of the models that are served."""
         return listed(studio.choose(model))
 
-    @routes.post("/images/generations", response_model=None)
+    @routes.post(
+        "/images/generations",
+        response_model=None,
+        responses={**_PICTURES, **BODY_ERRORS, **errors_of(404, 429, 503)},
+    )
     async def generations(body: ImagesBody, http: Request) -> dict[str, Any] | Response:
         """Draw pictures; with `stream`, server-sent events with partial pictures."""
         model, count = studio.choose(body.model), body.n or 1
@@ -100,7 +109,11 @@ def openai_routes(studio: Studio) -> APIRouter:
             data.append({**place, "seed": request.seed})
         return {"created": _now(), "data": data, "size": size, "output_format": "png"}
 
-    @routes.get("/images/files/{name}.png", response_class=Response)
+    @routes.get(
+        "/images/files/{name}.png",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}}, **errors_of(404)},
+    )
     async def file(name: Text) -> Response:
         """A picture that was asked for as `url`, for as long as it is kept."""
         png = await studio.kept(name)

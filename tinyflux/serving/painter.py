@@ -122,8 +122,8 @@ class Painter:
         stats = self._engine.stats()
         self._metrics.tell(stats)
         figures = {**stats, "reloads": self._reloads, "mistake": self._mistake}
-        report = self._board.report.remote(self._name, self._replica, figures)
         try:
+            report = self._board.report.remote(self._name, self._replica, figures)
             return report.result(timeout_s=REPORT_SECONDS) or last
         except Exception as error:  # a board that restarts is asked again
             logger.warning("the board does not answer: %s", type(error).__name__)

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tinyflux.errors import InputError
@@ -15,6 +16,47 @@ from tinyflux.serving.events import Refused
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAX_SHOWN = 60  # characters
 _SENTENCES = {404: "there is nothing at this address", 405: "this address has no such method"}
+
+
+_MEANINGS = {
+    400: "not JSON, or out of bounds",
+    401: "no key, or a wrong one",
+    403: "not from this machine, this page or without keys",
+    404: "no such model or picture",
+    408: "the body did not come in time",
+    411: "no Content-Length",
+    413: "the body is too long",
+    421: "asked by a name that is not the server's",
+    422: "a field is missing, unknown or of the wrong kind",
+    429: "no room; `Retry-After` says when to try again",
+    500: "the server failed at this request",
+    503: "not drawn in time, or no replica that works",
+}
+
+
+class Problem(BaseModel):
+    """What went wrong: ``message`` is one sentence, and ``param`` the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For an address's page at ``/docs``: the errors it may answer."""
+    return {each: {"model": ErrorBody, "description": _MEANINGS[each]} for each in statuses}
+
+
+# Of every address, and of one that takes a body.
+ERRORS = errors_of(401, 403, 421, 422, 500)
+BODY_ERRORS = errors_of(400, 408, 411, 413)
 
 
 class ApiError(Exception):
@@ -115,7 +157,10 @@ def answer_mistakes(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> JSONResponse:
         sentence = _SENTENCES.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, sentence).answer()
+        answer = ApiError(error.status_code, sentence).answer()
+        if allowed := (error.headers or {}).get("Allow"):
+            answer.headers["Allow"] = allowed.replace("GET", "GET, HEAD")
+        return answer
 
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
