@@ -191,6 +191,14 @@ def test_importing_the_package_loads_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_worker_that_trains_loads_no_frozen_models_library():
+    code = (
+        "import sys, tinyflux.distributed.train, tinyflux.serving.engine; "
+        "assert not {'diffusers', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [

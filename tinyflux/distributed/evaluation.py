@@ -11,8 +11,8 @@ import ray
 import torch
 from torch import Tensor
 
-from tinyflux.model.zoo import resolve_device
 from tinyflux.trainer.evaluation import Evaluation, Evaluator, Look
+from tinyflux.util.device import resolve_device
 from tinyflux.util.text import last_line
 
 logger = logging.getLogger(__name__)

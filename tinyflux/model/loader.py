@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyflux.errors import CheckpointError, ConfigError, HubError
 from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
-from tinyflux.model.zoo import resolve_device
+from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import first_line
 

@@ -30,6 +30,7 @@ from transformers import (
 from tinyflux.errors import ConfigError, HubError, InputError
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
 from tinyflux.util.config import nearest
+from tinyflux.util.device import resolve_device
 from tinyflux.util.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -47,19 +48,6 @@ _SD15_UNET: dict[str, Any] = {
     "attention_head_dim": 8,
     "layers_per_block": 2,
 }
-
-
-def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA if there is one, else the CPU.
-
-    Raises:
-        ConfigError: CUDA was asked for and there is none.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{device}' was asked for, but there is no GPU: use device 'cpu'")
-    return torch.device(device)
 
 
 class ModelZoo:

@@ -10,12 +10,12 @@ from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.memory import FP32, buffer_bytes, sent_bytes, worker_bytes
 from tinyflux.errors import ConfigError
-from tinyflux.model.zoo import resolve_device
 from tinyflux.plan.cache import CachePlan
 from tinyflux.plan.config import GB, ClusterConfig
 from tinyflux.plan.work import StepWork, calibrate, step_work
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.config import dtype_name
+from tinyflux.util.device import resolve_device
 
 # CUDA's context, cuBLAS, NCCL and what the allocator cannot use.
 GPU_RESERVE = 2 * GB

@@ -19,12 +19,13 @@ from tinyflux.distributed.data import read_held_out
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ModelZoo, resolve_device
+from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.storage.mirror import working_copy
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.urls import join
 

@@ -26,7 +26,6 @@ from tinyflux import errors
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.config import ZooConfig
-from tinyflux.model.zoo import resolve_device
 from tinyflux.serving.config import SampleConfig
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompt_file import Wish, read_wishes
@@ -35,6 +34,7 @@ from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_folder
 from tinyflux.trainer.sampling import Sampler, image_grid
 from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.device import resolve_device
 
 GRID = 64  # pictures of it
 

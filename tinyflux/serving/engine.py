@@ -21,7 +21,6 @@ from tinyflux.errors import (
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import resolve_device
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompts import PromptCache
@@ -34,6 +33,7 @@ from tinyflux.trainer.sampling import (
     sample_times,
 )
 from tinyflux.trainer.solvers import Trajectory, check_solver, evaluations_per_step
+from tinyflux.util.device import resolve_device
 
 __all__ = ["Finished", "ImageEngine", "ImageRequest", "Progress", "Ticket"]
 
