@@ -44,7 +44,7 @@ from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig, load_run_config
-from tinyflux.distributed.data import read_held_out, worker_steps
+from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
@@ -148,18 +148,28 @@ def train_arm(
     result = folder / "result.json"
     if not result.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        curve = _train(folder, dataset, model_config, config)
+        curve, model, held_out = train_student(folder, dataset, model_config, config)
+        last = curve[config.total_steps]
+        used = (model, held_out, config, dataset.t_buckets)
+        last["seen"] = statistics.fmean(losses_by_time(*used, teachers_seen=True))
+        # The mean of these is the last val_velocity_ema.
+        by_time = losses_by_time(*used, teachers_seen=False)
+        last |= {f"t={t:.4f}": loss for t, loss in zip(TIMES, by_time, strict=True)}
+        last |= gates(model)
         atomic_write(result, json.dumps(curve, indent=2).encode())
     return {int(step): values for step, values in json.loads(result.read_text()).items()}
 
 
-def _train(
+def train_student(
     folder: Path, dataset: CacheMixture, model_config: TinyFluxConfig, config: TrainerConfig
-) -> Curve:
+) -> tuple[Curve, TinyFluxDeep, HeldOut]:
+    """Held-out figures by step, the student with its EMA weights, and what was held out."""
     held_out_rows = dataset.held_out(config.val_fraction)
     held_out = read_held_out(dataset, held_out_rows)
     torch.manual_seed(config.seed)
     model = TinyFluxDeep(model_config)
+    if config.enable_sol and model.sol_units is not None:
+        measure_sol(model.sol_units, dataset, held_out_rows, config)
     ema = EMA(model, config.ema_decay)
     paths = RunPaths(*(folder / name for name in ("checkpoints", "samples", "board", "metrics")))
     loop = TrainLoop(
@@ -180,14 +190,7 @@ def _train(
     records = [record for record in read_metrics(paths.metrics) if "val_velocity" in record]
     curve = {record.pop("step"): record for record in records}
     ema.copy_to(model)
-    last = curve[config.total_steps]
-    used = (model, held_out, config, dataset.t_buckets)
-    last["seen"] = statistics.fmean(losses_by_time(*used, teachers_seen=True))
-    # The mean of these is the last val_velocity_ema.
-    by_time = losses_by_time(*used, teachers_seen=False)
-    last |= {f"t={t:.4f}": loss for t, loss in zip(TIMES, by_time, strict=True)}
-    last |= gates(model)
-    return curve
+    return curve, model, held_out
 
 
 @torch.no_grad()

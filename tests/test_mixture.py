@@ -11,8 +11,9 @@ from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, z
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.cache.mixture import CacheMixture
-from tinyflux.distributed.data import read_held_out, worker_steps
+from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
 from tinyflux.errors import CacheError, ConfigError
+from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.step import training_loss
@@ -71,6 +72,27 @@ def test_a_run_on_a_mixture_gets_its_weights_and_trains(caches):
     assert seen == [0, 8, 16, 24, 32, 40]
     validated = read_held_out(both, held_out)
     assert sum(map(len, validated.keys)) == held_out.sum()
+
+
+def test_a_run_measures_sol_on_the_rows_that_it_trains_on(caches):
+    both = CacheMixture(caches)
+    held_out = both.held_out(0.2)
+    first, plain = both.rows_of(0), both.rows_of(1)
+    taught = CacheMixture(caches[:1])
+    everything, units, mixed, nothing = (SolUnits(8, 4) for _ in range(4))
+    rows = np.flatnonzero(~held_out[: len(first)]).tolist()
+    sol = taught.read(rows, groups=("sol",))
+    assert sol.keys() == {"sol_stats", "sol_spatial"}
+    everything.measure(sol["sol_stats"], sol["sol_spatial"], taught.t_buckets)
+    # One batch is all rows once, in another order.
+    whole = replace(CONFIG, batch_size=len(rows))
+    measure_sol(units, taught, held_out[first.start : first.stop], whole)
+    torch.testing.assert_close(units.state_dict(), everything.state_dict(), rtol=1e-4, atol=1e-6)
+    # Samples without Sol are left out, not counted as zeros.
+    measure_sol(mixed, both, held_out, CONFIG)
+    assert mixed.map_mean.mean().item() == pytest.approx(1, rel=1e-3)
+    measure_sol(nothing, CacheMixture(caches[1:]), held_out[plain.start : plain.stop], CONFIG)
+    assert not nothing.measured
 
 
 def test_the_split_of_a_cache_is_the_same_alone_and_in_a_mixture(caches):

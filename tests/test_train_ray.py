@@ -93,7 +93,7 @@ def make_run(world, tmp_path_factory):
             run_dir=str(tmp_path_factory.mktemp(name) / name),
             cache=SimpleNamespace(path=world.cache),
             mix=[],
-            model=student_config(),
+            model=student_config(sol_standardize=True),
             trainer=trainer,
             workers=WorkersConfig(**workers),
             zoo=world.zoo,

@@ -50,7 +50,9 @@ def batch_at(step):
 
 def build(arm, checkpoint):
     torch.manual_seed(0)
-    model = TinyFluxDeep(MODEL)
+    model = TinyFluxDeep(replace(MODEL, sol_standardize=True))  # has buffers, too
+    known = make_batch(32, seed=99)
+    model.sol_units.measure(known.sol_stats, known.sol_spatial, default_buckets())
     if arm.get("frozen"):
         for parameter in model.double_blocks[0].parameters():
             parameter.requires_grad_(False)

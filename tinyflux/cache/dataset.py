@@ -1,7 +1,7 @@
 """A finished dataset, opened and checked for training."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +103,16 @@ class CachedDataset:
             found.append(((height, width), range(start, end)))
         return found
 
-    def read(self, indices: Sequence[int], as_stored: bool = False) -> dict[str, Tensor]:
+    def read(
+        self,
+        indices: Sequence[int],
+        as_stored: bool = False,
+        groups: Collection[str] = tuple(GROUPS),
+    ) -> dict[str, Tensor]:
         """Rows as fp32 tensors, or ``as_stored`` ones, in the order asked for.
+
+        Args:
+            groups: of columns, to read no others (see ``tinyflux.cache.schema``).
 
         Returns:
             ``latents`` ``[B, C, h, w]``, ``t5_embeds`` ``[B, L, D]``, ``clip_pooled`` ``[B, P]``
@@ -122,7 +130,8 @@ class CachedDataset:
         numbers = np.unique(shard_of)
         self._reader.open(
             [file for number in numbers
-             for group, file in self.manifest.shards[number].files.items() if group != ROWS]
+             for group, file in self.manifest.shards[number].files.items()
+             if group != ROWS and group in groups]
         )  # fmt: skip
         for number in numbers:
             shard = self.manifest.shards[number]
@@ -132,7 +141,7 @@ class CachedDataset:
                 rows = np.delete(np.arange(shard.rows), shard.dropped)[rows]
             for group, file in shard.files.items():
                 for column in GROUPS[group]:
-                    if group == ROWS or column not in file.columns:
+                    if group == ROWS or group not in groups or column not in file.columns:
                         continue
                     layout = file.columns[column]
                     if column not in result:

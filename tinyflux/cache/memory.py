@@ -414,6 +414,22 @@ class MultiSourceCache:
         found = (cache.encodings.null_text for cache in self._caches.values())
         return next((text for text in found if text is not None), None)
 
+    def sol_examples(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """Sol's features by bucket of about ``count`` samples, evenly over the datasets.
+
+        Returns:
+            Statistics ``[n, K, 4]`` and maps ``[n, K, s, s]``, fp32; None without any.
+        """
+        parts = [cache.sol for cache in self._caches.values() if cache.sol is not None]
+        if not parts:
+            return None
+        every = -(-sum(map(len, parts)) // count)
+        stats, spatial = (
+            torch.cat([part.columns()[name][::every] for part in parts]).float()
+            for name in SolFeatureCache.NAMES
+        )
+        return stats, spatial
+
     def gather(self, local_indices: Tensor, dataset_ids: Tensor) -> dict[str, Tensor | None]:
         """Features by bucket of samples ``[B]`` of datasets ``[B]``, fp32.
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.schema import GROUPS
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
 
@@ -85,7 +86,12 @@ class CacheMixture:
         for cache in self.caches:
             yield from cache.each(what)
 
-    def read(self, indices: Sequence[int], as_stored: bool = False) -> dict[str, Tensor]:
+    def read(
+        self,
+        indices: Sequence[int],
+        as_stored: bool = False,
+        groups: Collection[str] = tuple(GROUPS),
+    ) -> dict[str, Tensor]:
         """Rows as :meth:`CachedDataset.read` gives them.
 
         Where only some of the caches asked have a teacher's features or a foreground mask, the
@@ -93,7 +99,7 @@ class CacheMixture:
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(self.caches) == 1:
-            return self.caches[0].read(wanted.tolist(), as_stored)
+            return self.caches[0].read(wanted.tolist(), as_stored, groups)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise CacheError(f"the caches have rows 0 to {len(self) - 1} only")
         source_of = np.searchsorted(self._ends, wanted, side="right")
@@ -101,9 +107,8 @@ class CacheMixture:
         for source in np.unique(source_of):
             places = np.nonzero(source_of == source)[0]
             rows = wanted[places] - self.rows_of(int(source)).start
-            parts.append(
-                (torch.from_numpy(places), self.caches[source].read(rows.tolist(), as_stored))
-            )
+            found = self.caches[source].read(rows.tolist(), as_stored, groups)
+            parts.append((torch.from_numpy(places), found))
         return _joined(parts, len(wanted))
 
     def check(self, model: TinyFluxConfig, use_lune: bool, use_sol: bool) -> None:

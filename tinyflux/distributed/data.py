@@ -11,13 +11,17 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tinyflux.cache.mixture import CacheMixture
 from tinyflux.distributed.order import Rows, SampleOrder, Stream
 from tinyflux.errors import ConfigError
+from tinyflux.model.experts import SolUnits
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.loop import StepData
-from tinyflux.trainer.step import TrainBatch
+from tinyflux.trainer.sharding import rank_and_world
+from tinyflux.trainer.step import SOL_SAMPLES, TrainBatch
 from tinyflux.trainer.validation import HeldOut
 
 # More held-out samples would cost time and hardly sharpen the figure: each counts at 8 times.
@@ -94,6 +98,35 @@ def worker_steps(
             epoch_batches=0,
             size=config.batch_size,
         )
+
+
+def measure_sol(
+    units: SolUnits, data: CacheMixture, held_out: np.ndarray, config: TrainerConfig
+) -> None:
+    """Measure Sol's units on the samples that the run trains on first; called by all workers.
+
+    The first worker reads, and tells the others.
+    """
+    rank, world_size = rank_and_world()
+    if rank == 0:
+        order = order_of(data, held_out, config.batch_size, config.seed)
+        parts: list[tuple[Tensor, Tensor]] = []
+        position = count = 0
+        while position < order.count and count < SOL_SAMPLES:
+            rows = order.rows(range(position, position + config.batch_size))
+            batch = data.read(rows, groups=("sol",))
+            position += config.batch_size
+            if "sol_stats" in batch:
+                there = batch.get("sol_mask", torch.ones(len(rows), dtype=torch.bool))
+                parts.append((batch["sol_stats"][there], batch["sol_spatial"][there]))
+                count += int(there.sum())
+        if count:
+            stats, spatial = (torch.cat(column) for column in zip(*parts, strict=True))
+            device = units.map_std.device
+            units.measure(stats.to(device), spatial.to(device), data.t_buckets)
+    if world_size > 1:
+        for buffer in units.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def read_held_out(data: CacheMixture, held_out: np.ndarray) -> HeldOut:

@@ -31,7 +31,12 @@ from tinyflux import errors
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.mixture import CacheMixture
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.data import check_batch_size, read_held_out, worker_steps
+from tinyflux.distributed.data import (
+    check_batch_size,
+    measure_sol,
+    read_held_out,
+    worker_steps,
+)
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.metrics import RayMetrics
@@ -327,6 +332,8 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         checkpoint.check(model)
         checkpoint.load_model(model)
         check_same_stream(state, config, data, job.run_dir)
+    elif config.enable_sol and model.sol_units is not None:
+        measure_sol(model.sol_units, data, held_out, config)
     engine = _engine(job, model)
     ema = EMA(engine.shard(), config.ema_decay)
     if main:

@@ -67,6 +67,9 @@ class TinyFluxConfig:
         timestep_shift_tokens: The picture's latents (height x width) at which ``timestep_shift``
             holds, if it depends on the size (see ``trainer.schedules.shift_at``); None: it does
             not.
+        sol_standardize: Measure Sol's features against their mean and spread over the training
+            pictures, which the weights then carry, and scale maps to mean 1. Published checkpoints
+            do neither.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -107,6 +110,7 @@ class TinyFluxConfig:
     latent_shift: float = 0.1159
     timestep_shift: float = 3.0
     timestep_shift_tokens: int | None = None
+    sol_standardize: bool = False
 
     def __post_init__(self) -> None:
         self.t5_layers = tuple(self.t5_layers)
@@ -230,6 +234,7 @@ PRESETS: dict[str, TinyFluxConfig] = {
         max_text_length=16,
         latent_shift=-0.0198,  # the toy VAE's own
         timestep_shift=1.0,
+        sol_standardize=True,
     ),
 }
 

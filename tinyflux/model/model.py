@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyflux.errors import InputError
 from tinyflux.model.config import PRESETS, TinyFluxConfig, preset
-from tinyflux.model.experts import LunePredictor, SolPrior
+from tinyflux.model.experts import LunePredictor, SolPrior, SolUnits
 from tinyflux.model.layers import (
     AdaLayerNorm,
     AttentionPrior,
@@ -69,6 +69,7 @@ class TinyFluxDeep(nn.Module):
                 spatial_size=config.sol_spatial_size,
                 num_stats=config.sol_num_stats,
                 geometric_weight=config.sol_geometric_weight,
+                standardize=config.sol_standardize,
             )
 
         self.rope = RotaryEmbedding(config.axes_dims_rope, config.theta)
@@ -112,6 +113,15 @@ class TinyFluxDeep(nn.Module):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.final_linear.weight)
+        if self.sol_units is not None:
+            # Predictions start at the mean, of which nothing has to be learnt.
+            for predictor in (self.sol_prior.stat_predictor, self.sol_prior.spatial_predictor):
+                nn.init.zeros_(predictor[-1].weight)  # type: ignore[arg-type]
+
+    @property
+    def sol_units(self) -> SolUnits | None:
+        """The units of Sol's features, or None if the model takes them as they are."""
+        return self.sol_prior.units if self.config.use_sol_prior else None
 
     def forward(
         self,

@@ -78,6 +78,8 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     trained = load_model(run_dir / "final", device=str(device), dtype=torch.float32)
     torch.manual_seed(run.trainer.seed)
     untrained = TinyFluxDeep(run.model).to(device).eval()
+    if untrained.sol_units is not None and trained.sol_units is not None:
+        untrained.sol_units.load_state_dict(trained.sol_units.state_dict())
     models = {"untrained": untrained, "trained": trained}
     data = CacheMixture(list(run.mix) or [MixSource(run.cache.path)])
     held_out_rows = data.held_out(run.trainer.val_fraction)

@@ -19,7 +19,7 @@ from tinyflux.trainer.evaluation import Evaluator, Within
 from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.sampling import Sampler
-from tinyflux.trainer.step import TrainBatch, as_module
+from tinyflux.trainer.step import SOL_SAMPLES, TrainBatch, as_module
 from tinyflux.trainer.validation import HeldOut
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
@@ -59,6 +59,7 @@ class Trainer:
         self._dataloader: DataLoader[Any] | None = None
         self._cache: FeatureSource | None = None
         self._loop: TrainLoop | None = None
+        self._lacks_units = False
 
     @property
     def ema(self) -> EMA:
@@ -93,6 +94,10 @@ class Trainer:
                 zoo's.
             held_out: samples to validate on.
 
+        A model with ``sol_standardize`` that has not been trained yet takes the mean and spread of
+        Sol's features from ``cache``, if it has a MultiSourceCache's ``sol_examples``; else
+        ``model.sol_units.measure`` has to be called before.
+
         Raises:
             InputError: captions are dropped and nobody knows the empty one's embeddings.
         """
@@ -104,6 +109,7 @@ class Trainer:
         if null_text is None and self.config.text_dropout > 0:
             null_text = _find_null_text(dataloader, cache, sampler)
         self._dataloader, self._cache = dataloader, cache
+        self._measure_sol(cache)
         t_buckets = getattr(cache, "t_buckets", None)
         buckets = default_buckets() if t_buckets is None else t_buckets
         config = self.config
@@ -123,6 +129,19 @@ class Trainer:
             Within(Evaluator(self.model, self._ema, config, buckets, held_out, sampler)),
         )
 
+    def _measure_sol(self, cache: FeatureSource | None) -> None:
+        """Measure the units of Sol's features, once in a model's life."""
+        units = self.model.sol_units if self.config.enable_sol else None
+        if units is None or units.measured:
+            return
+        examples = getattr(cache, "sol_examples", lambda count: None)(SOL_SAMPLES)
+        if examples is not None:
+            device = units.map_std.device
+            stats, spatial = (part.to(device) for part in examples)
+            units.measure(stats, spatial, cache.t_buckets)  # type: ignore[union-attr]
+            for name, buffer in units.state_dict(prefix="sol_prior.units.").items():
+                self._ema.shadow[name].copy_(buffer)
+
     def train(self, epochs: int = 1) -> None:
         """Train for ``epochs`` more passes, or until ``config.total_steps``.
 
@@ -139,6 +158,8 @@ class Trainer:
                 f"the model was moved from {self._device} to {device} after the Trainer was made "
                 "with it (a Sampler moves its model): make both with one device"
             )
+        units = self.model.sol_units if self.config.enable_sol else None
+        self._lacks_units = units is not None and not units.measured
         data = prefetch(self._steps(epochs))
         try:
             self._loop.run(data)
@@ -215,7 +236,14 @@ class Trainer:
                 )
             index = torch.as_tensor(raw["index"])
             raw = {**raw, **self._cache.gather(index, self._dataset_id(raw, index))}
-        return TrainBatch.from_dict(raw, positions)
+        batch = TrainBatch.from_dict(raw, positions)
+        if self._lacks_units and batch.sol_stats is not None:
+            raise TrainingError(
+                "the model standardises Sol's features (sol_standardize) and does not know their "
+                "mean and spread: give Trainer.setup a MultiSourceCache, or call "
+                "model.sol_units.measure(stats, spatial, t_buckets) before"
+            )
+        return batch
 
     def _dataset_id(self, raw: dict[str, Any], index: Tensor) -> Tensor:
         """``[B]``: which of the cache's datasets the samples ``index`` ``[B]`` are of."""

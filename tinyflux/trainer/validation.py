@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinyflux.model.experts import SolUnits
 from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.losses import compute_main_loss
+from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
 from tinyflux.trainer.step import (
+    Teachers,
     TrainBatch,
     Velocity,
     distillation_losses,
@@ -47,8 +49,10 @@ def validate(
     run's seed, batches or workers, and validation changes nothing in training.
 
     Returns:
-        ``val_velocity``, and ``val_lune`` and ``val_sol`` where there are teachers; with ``ema``
-        also each with ``_ema`` behind.
+        ``val_velocity``, and ``val_lune`` and ``val_sol`` where there are teachers. With
+        ``sol_standardize`` also ``val_sol_relative``: ``val_sol`` over the same loss of a constant,
+        what the training pictures have on the mean at each time. With ``ema`` also each with
+        ``_ema`` behind.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -75,9 +79,10 @@ def _losses(
     velocity: Velocity,
     device: torch.device,
 ) -> dict[str, float]:
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(4, device=device)
     count = 0
     has_lune = has_sol = False
+    units = model.sol_units
     for stored, keys in zip(held_out.batches, held_out.keys, strict=True):
         batch = stored.to(device)
         data = batch.latents.float()
@@ -99,15 +104,27 @@ def _losses(
                 grid=grid,
             )
             main = compute_main_loss(pred, tokens(flow_velocity(data, noise)), use_huber=False)
-            lune, sol = distillation_losses(experts, teachers, config)
+            lune, sol = distillation_losses(experts, teachers, config, units, t)
             has_lune |= teachers.lune is not None
             has_sol |= teachers.sol_stats is not None
-            sums += torch.stack([main, lune, sol]) * len(batch)
+            constant = _constant_loss(teachers, units, t)
+            sums += torch.stack([main, lune, sol, constant.to(sol)]) * len(batch)
             count += len(batch)
-    main_mean, lune_mean, sol_mean = (sums / max(1, count)).tolist()
+    main_mean, lune_mean, sol_mean, constant_mean = (sums / max(1, count)).tolist()
     result = {"val_velocity": main_mean}
     if has_lune:
         result["val_lune"] = lune_mean
     if has_sol:
         result["val_sol"] = sol_mean
+        if units is not None:
+            result["val_sol_relative"] = sol_mean / max(constant_mean, 1e-12)
     return result
+
+
+def _constant_loss(teachers: Teachers, units: SolUnits | None, t: Tensor) -> Tensor:
+    """Sol's loss of the training pictures' mean at times ``t`` ``[B]``; 0 without its units."""
+    if units is None or teachers.sol_stats is None or teachers.sol_spatial is None:
+        return torch.zeros(())
+    stats, spatial = units.standardise(teachers.sol_stats, teachers.sol_spatial, t)
+    mean = torch.zeros_like(stats), torch.zeros_like(spatial)
+    return compute_sol_loss(*mean, stats, spatial, teachers.sol_mask)

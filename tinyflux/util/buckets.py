@@ -6,9 +6,9 @@ from torch import Tensor
 from tinyflux.errors import InputError
 
 
-def default_buckets() -> Tensor:
+def default_buckets(device: torch.device | None = None) -> Tensor:
     """The ten student times ``[10]`` at which teachers run: 0.05, 0.15, ..., 0.95."""
-    return torch.linspace(0.05, 0.95, 10)
+    return torch.linspace(0.05, 0.95, 10, device=device)
 
 
 def interpolate_buckets(features: Tensor, t_buckets: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,299 @@
+"""Does the student's model of Sol know more than a constant? ``python benchmarks/sol_predictor.py``
+
+Trains the toy student on OpenMoji drawings with Sol as its only teacher, by the real step, and asks
+on held-out drawings how far its predictions of Sol's statistics and map are from what Sol says.
+Their mean squared error is given over that of two constants, both of the training drawings: the
+mean over drawings and times, and the mean of each time, which is the harder one, since the
+predictor sees the time and the pooled caption. Below 1 it knows something of the caption. Errors
+are in the spreads of each time over the training drawings.
+
+Arms: ``standardised`` and ``as published`` (``model.sol_standardize`` on and off), and the control
+``shuffled captions``: standardised, and each training drawing has another one's caption.
+
+Then it asks what the true features are worth: the velocity loss of the same drawings, times and
+noise when the student is given Sol's own features, another drawing's map, an even map, another
+drawing's statistics, or nothing (its predictions, as in use).
+
+Intervals are 95%, by resampling the held-out drawings (each drawing's mean over seeds). Everything
+is of the EMA weights. Drawings and cache are those of ``benchmarks/distillation.py``, whose
+``--work`` may be shared; what was trained is kept there, too. Prints JSON; ``--output`` writes it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from distillation import arm_config, prepare, run_config, train_student
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tinyflux.cache.mixture import CacheMixture
+from tinyflux.cache.schema import GROUPS
+from tinyflux.config import RunConfig
+from tinyflux.model.experts import SolUnits
+from tinyflux.model.guidance import tokens
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.step import teacher_features
+from tinyflux.trainer.validation import TIMES, HeldOut
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write
+from tinyflux.util.predictions import flow_velocity, flow_x_t
+from tinyflux.util.seeding import generator, randn_for
+
+# By arm: whether Sol's features are standardised, and whether captions are the drawings' own.
+ARMS = {
+    "standardised": (True, True),
+    "as published": (False, True),
+    "shuffled captions": (True, False),
+}
+RESAMPLES = 10_000
+
+# What the student is given, of Sol's own statistics and map.
+Given = Callable[[Tensor, Tensor], dict[str, Tensor]]
+GIVEN: dict[str, Given] = {
+    "own": lambda stats, maps: {"sol_stats": stats, "sol_spatial": maps},
+    "other map": lambda stats, maps: {"sol_stats": stats, "sol_spatial": maps.roll(1, 0)},
+    "even map": lambda stats, maps: {
+        "sol_stats": stats,
+        "sol_spatial": torch.full_like(maps, 1 / maps[0].numel()),
+    },
+    "other statistics": lambda stats, maps: {"sol_stats": stats.roll(1, 0), "sol_spatial": maps},
+    "nothing": lambda stats, maps: {},
+}
+
+
+class OtherCaptions(CacheMixture):
+    """A cache whose training rows have their captions dealt anew among them."""
+
+    def deal(self, held_out: Any) -> "OtherCaptions":
+        trained_on = torch.from_numpy(~held_out).nonzero()[:, 0]
+        order = torch.randperm(len(trained_on), generator=generator(0, "other captions"))
+        self._row_of = torch.arange(len(self))
+        self._row_of[trained_on] = trained_on[order]
+        return self
+
+    def read(
+        self,
+        indices: Sequence[int],
+        as_stored: bool = False,
+        groups: Collection[str] = tuple(GROUPS),
+    ) -> dict[str, Tensor]:
+        rows = super().read(indices, as_stored, groups)
+        others = self._row_of[list(indices)].tolist()
+        return {**rows, **super().read(others, as_stored, set(groups) & {"text"})}
+
+
+@torch.no_grad()
+def look(model: TinyFluxDeep, held_out: HeldOut, constants: "Constants") -> dict[str, Tensor]:
+    """Each figure for each held-out drawing, ``[n]``, the mean over the times."""
+    found: dict[str, list[Tensor]] = {}
+    for batch, keys in zip(held_out.batches, held_out.keys, strict=True):
+        for index, time_ in enumerate(TIMES):
+            data, size = batch.latents.float(), len(batch)
+            noise = torch.stack([randn_for(data.shape[1:], "validation", k, index) for k in keys])
+            t = torch.full((size,), time_)
+            teachers = teacher_features(
+                batch, model.config, constants.trainer, t, constants.t_buckets
+            )
+            stats, maps = teachers.sol_stats, teachers.sol_spatial
+            assert stats is not None
+            assert maps is not None
+            given = (
+                tokens(flow_x_t(data, noise, t)),
+                batch.t5_embeds.float(),
+                batch.clip_pooled.float(),
+                t,
+                TinyFluxDeep.create_img_ids(size, *batch.grid),
+            )
+            target = tokens(flow_velocity(data, noise))
+            for name, choice in GIVEN.items():
+                pred, experts = model(
+                    *given, **choice(stats, maps), return_expert_pred=True, grid=batch.grid
+                )
+                loss = (pred - target).square().mean((-2, -1))
+                found.setdefault(f"velocity, {name}", []).append(loss)
+            guesses = {
+                "predictor": (experts["sol_stats_pred"], experts["sol_spatial_pred"]),
+                "mean of its time": constants.of_time(t),
+                "mean": constants.of_all(t),
+            }
+            for name, (guess, guessed) in guesses.items():
+                for what, error in zip(
+                    ("statistics", "map"), constants.errors(guess, guessed, stats, maps, t),
+                    strict=True,
+                ):  # fmt: skip
+                    found.setdefault(f"{what}, {name}", []).append(error)
+    parts = len(TIMES)
+    sizes = [len(batch) for batch in held_out.batches]
+    return {name: _over_times(values, sizes, parts) for name, values in found.items()}
+
+
+def _over_times(values: list[Tensor], sizes: list[int], times: int) -> Tensor:
+    """``[n]`` from each batch's values at each time."""
+    rows = [
+        torch.stack(values[index * times : (index + 1) * times]).mean(0)
+        for index in range(len(sizes))
+    ]
+    return torch.cat(rows)
+
+
+class Constants:
+    """The training drawings' means, in the cache's units, and errors in their spreads."""
+
+    def __init__(self, trainer: Any, data: CacheMixture, held_out: Any, size: int, num_stats: int):
+        self.trainer, self.t_buckets, self.held_out = trainer, data.t_buckets, held_out
+        rows = torch.from_numpy(~held_out).nonzero()[:, 0].tolist()
+        sol = data.read(rows, groups=("sol",))
+        self.units = SolUnits(size, num_stats)
+        self.units.measure(sol["sol_stats"], sol["sol_spatial"], data.t_buckets)
+        self._stats = sol["sol_stats"].mean((0, 1))
+        self._map = sol["sol_spatial"].mean((0, 1))
+
+    def of_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mean drawing has at times ``t`` ``[B]``."""
+        stats, side = self._stats.new_zeros(len(t), len(self._stats)), self._map.shape
+        return self.units.restore(stats, stats.new_zeros(len(t), *side), t)
+
+    def of_all(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mean drawing has on the mean over times."""
+        return self._stats.expand(len(t), -1), self._map.expand(len(t), -1, -1)
+
+    def errors(
+        self, guess: Tensor, guessed_map: Tensor, stats: Tensor, maps: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared errors ``[B]`` of statistics and maps."""
+        found, found_map = self.units.standardise(guess, guessed_map, t)
+        wanted, wanted_map = self.units.standardise(stats, maps, t)
+        return (
+            (found - wanted).square().mean(-1),
+            (found_map - wanted_map).square().mean((-2, -1)),
+        )
+
+
+def ratio(above: Tensor, below: Tensor) -> dict[str, float]:
+    """Mean over mean, and its 95% interval by resampling the drawings."""
+    rows = _resampled(len(above))
+    found = (above[rows].mean(1) / below[rows].mean(1)).quantile(torch.tensor([0.025, 0.975]))
+    return {
+        "ratio": (above.mean() / below.mean()).item(),
+        "from": found[0].item(),
+        "to": found[1].item(),
+    }
+
+
+def difference(one: Tensor, other: Tensor) -> dict[str, float]:
+    """Mean of ``one - other``, and its 95% interval by resampling the drawings."""
+    pairs = one - other
+    found = pairs[_resampled(len(pairs))].mean(1).quantile(torch.tensor([0.025, 0.975]))
+    return {"difference": pairs.mean().item(), "from": found[0].item(), "to": found[1].item()}
+
+
+def _resampled(count: int) -> Tensor:
+    return torch.randint(count, (RESAMPLES, count), generator=generator(0, "bootstrap"))
+
+
+def summary(figures: dict[str, Tensor]) -> dict[str, Any]:
+    """An arm's errors over the constants', and its velocity losses."""
+    losses: dict[str, Any] = {"own": figures["velocity, own"].mean().item()}
+    for name in list(GIVEN)[1:]:
+        losses[name] = {
+            "loss": figures[f"velocity, {name}"].mean().item(),
+            **difference(figures[f"velocity, {name}"], figures["velocity, own"]),
+        }
+    return {
+        "error over that of": {
+            baseline: {
+                what: ratio(figures[f"{what}, predictor"], figures[f"{what}, {baseline}"])
+                for what in ("statistics", "map")
+            }
+            for baseline in ("mean of its time", "mean")
+        },
+        "velocity loss, given": losses,
+    }
+
+
+def train_arm(
+    work: Path, run: RunConfig, data: CacheMixture, constants: Constants, arm: str, seed: int
+) -> dict[str, Tensor]:
+    """An arm's figures; those of a run that was done before are read."""
+    standardise, own = ARMS[arm]
+    model_config = replace(run.model, sol_standardize=standardise)
+    config = arm_config(run.trainer, "sol", seed)
+    said = json.dumps([arm, to_dict(model_config), to_dict(config)], sort_keys=True)
+    folder = work / "runs" / hashlib.sha256(said.encode()).hexdigest()[:16]
+    kept = folder / "figures.safetensors"
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        source = data if own else OtherCaptions(data.sources).deal(constants.held_out)
+        _, model, held_out = train_student(folder, source, model_config, config)
+        atomic_write(kept, save(look(model.eval(), held_out, constants)))
+    return load_file(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of the pictures")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], metavar="trainer.x=y")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    arguments.validate_every = arguments.steps
+    torch.set_num_threads(arguments.threads)
+    started = time.monotonic()
+    arms: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in arguments.arms}
+    with redirect_stdout(sys.stderr):
+        run = run_config(arguments.work, arguments)
+        data = prepare(run)
+        held_out_rows = data.held_out(run.trainer.val_fraction)
+        constants = Constants(
+            run.trainer, data, held_out_rows, run.model.sol_spatial_size, run.model.sol_num_stats
+        )
+        for seed in range(arguments.seeds):
+            for arm in arguments.arms:
+                print(f"seed {seed}, {arm}", flush=True)
+                arms[arm].append(train_arm(arguments.work, run, data, constants, arm, seed))
+                print(json.dumps(summary(arms[arm][-1]), indent=2), flush=True)
+    result = {
+        "machine": f"{arguments.machine}, torch {torch.__version__}",
+        "pictures": {
+            "trained_on": len(data) - int(held_out_rows.sum()),
+            "held_out": len(arms[arguments.arms[0]][0]["map, predictor"]),
+        },
+        "settings": arguments.set,
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "seeds": arguments.seeds,
+        "seconds": round(time.monotonic() - started),
+        "arms": {
+            arm: summary({n: torch.stack([r[n] for r in runs]).mean(0) for n in runs[0]})
+            for arm, runs in arms.items()
+        },
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    print(text, end="")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(arguments.output, text.encode())
+
+
+if __name__ == "__main__":
+    main()
