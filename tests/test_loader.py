@@ -4,6 +4,7 @@ Slow: a model of the published size is filled.
 """
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,22 @@ def test_broken_files_are_explained(saved, tmp_path):
     (directory / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_model(directory / "model.safetensors", **CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 10**6, "num_attention_heads": 62_500}, "tensors of another shape"),
+        ({"mlp_ratio": 1e9}, "tensors of another shape"),
+        ({"mlp_ratio": float("inf")}, "no model can be built of the config"),
+        ({"lune_hidden_dim": 10**18}, "no model can be built of the config"),
+    ],
+)
+def test_a_config_of_absurd_sizes_is_a_sentence_before_anything_is_built(saved, change, message):
+    _, directory = saved
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    begun = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, **CPU)
+    assert time.process_time() - begun < 1

@@ -7,12 +7,17 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
-from tinyflux.config import RunConfig, keep_run_config
+from tests.worlds import make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cli import run_job
+from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.train import _Job, check_places, check_same_stream, claimed
-from tinyflux.errors import ConfigError, TrainingError
+from tinyflux.distributed.train import _Job, _latest, check_places, check_same_stream, claimed
+from tinyflux.errors import CheckpointError, ConfigError, TrainingError
 from tinyflux.model.config import ZooConfig, preset
-from tinyflux.trainer.checkpoint import TrainerState
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 
 
@@ -69,6 +74,52 @@ def test_one_training_at_a_time_writes_to_a_run_directory(tmp_path):
     other.join()
     with claimed(job_at(tmp_path)):
         pass
+
+
+def checkpoint_at(root, step, damaged=False):
+    """A checkpoint of a small student at ``step``."""
+    model = TinyFluxDeep(student_config())
+    weights = model.state_dict()
+    path = root / "checkpoints" / f"step_{step:08d}"
+    save_checkpoint(path, Contents(model, weights, weights, 0.9, {}, TrainerState(step=step)))
+    if damaged:
+        (path / "ema.safetensors").write_bytes(b"cut off")
+
+
+def places(kind, folder):
+    """A run's directory, and where it is written: there, or at a URL."""
+    return (str(folder), folder) if kind == "disk" else (f"file://{folder}", folder)
+
+
+@pytest.mark.parametrize("kind", ["disk", "url"])
+def test_the_newest_whole_checkpoint_is_named_and_damaged_ones_alone_end_the_run(
+    tmp_path, monkeypatch, caplog, kind
+):
+    monkeypatch.setenv("TINYFLUX_LOCAL_DIR", str(tmp_path / "local"))
+    run_dir, folder = places(kind, tmp_path / "run")
+    folder.mkdir()
+    assert _latest(job_at(run_dir)) is None
+    checkpoint_at(folder, 8, damaged=True)
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is whole"):
+        _latest(job_at(run_dir))
+    checkpoint_at(folder, 4)
+    caplog.clear()
+    assert _latest(job_at(run_dir)) == "step_00000004"
+    assert [record.message.count("ema.safetensors is not as") for record in caplog.records] == [1]
+
+
+def test_a_training_that_is_refused_leaves_the_others_config_alone(tmp_path, monkeypatch, capsys):
+    run = RunConfig(run_dir=str(tmp_path / "run"), cache=CacheConfig(path=str(tmp_path / "cache")))
+    run.model, run.zoo = student_config(), zoo_config(make_world(tmp_path / "world"))
+    run.data = DataConfig(str(write_pictures(tmp_path / "pictures")), height=16, width=16)
+    configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+    build(configs, LocalRunner(configs))
+    run.workers = WorkersConfig(engine="torch")
+    save_run_config(run, tmp_path / "run.yaml")
+    with claimed(job_at(run.run_dir)):
+        assert run_job("train", ["--config", str(tmp_path / "run.yaml")]) == 2
+    assert "is being trained by process" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path):

@@ -29,8 +29,8 @@ def _train(arguments: Sequence[str]) -> None:
     run = parse_run_config(arguments, "tinyflux train")
     from tinyflux.distributed.train import train
 
-    keep_run_config(run)
-    print(f"trained: {train(run)}", flush=True)
+    # Not before: a training that is refused must not overwrite the other one's.
+    print(f"trained: {train(run, begin=lambda: keep_run_config(run))}", flush=True)
 
 
 def _sample(arguments: Sequence[str]) -> None:

@@ -11,9 +11,13 @@ import ray
 import torch
 from torch import Tensor
 
+from tinyflux.errors import TrainingError
 from tinyflux.trainer.evaluation import Evaluation, Evaluator, Look
 from tinyflux.util.device import resolve_device
 from tinyflux.util.text import last_line
+
+# The other workers wait in a collective meanwhile, 1,800 seconds at most.
+START_SECONDS = 1200.0
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Beside:
 
     Raises:
         TinyFluxError: what ``make`` raised: a model that is missing must not end a run later.
+        TrainingError: the actor did not start.
     """
 
     def __init__(
@@ -51,9 +56,14 @@ class Beside:
         self._asked: list[tuple[int, Any]] = []
         self._done: list[Evaluation] = []
         try:
-            ray.get(self._actor.load.remote())
+            ray.get(self._actor.load.remote(), timeout=START_SECONDS)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.GetTimeoutError:
+            raise TrainingError(
+                f"the process that validates and draws was not there within {START_SECONDS:g} s: "
+                "does the cluster have room for workers.evaluator_gpus?"
+            ) from None
 
     def submit(
         self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]

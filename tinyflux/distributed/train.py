@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -41,7 +41,7 @@ from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.metrics import RayMetrics
 from tinyflux.distributed.ray_session import ensure_ray
-from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
+from tinyflux.errors import CheckpointError, ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -149,8 +149,11 @@ class _Job:
         return data
 
 
-def train(run: TrainRun) -> str:
+def train(run: TrainRun, begin: Callable[[], None] = lambda: None) -> str:
     """Train until ``trainer.total_steps``; at once if that is done.
+
+    Args:
+        begin: called once no other training is at work in the run's directory, to write there.
 
     Returns:
         ``<run_dir>/final``: the EMA weights and config, for ``load_model``.
@@ -169,6 +172,7 @@ def train(run: TrainRun) -> str:
     )
     final = join(job.run_dir, "final")
     if _finished(job):
+        begin()
         print(f"training is finished: {final}", flush=True)
         return final
     check_batch_size(job.trainer, job.workers.num_workers)
@@ -180,6 +184,7 @@ def train(run: TrainRun) -> str:
 
     try:
         with claimed(job):
+            begin()
             _fit(job)
     except TrainingError as error:
         raise (_take_error(job) or error) from error
@@ -409,17 +414,38 @@ def check_same_stream(
 
 
 def _latest(job: _Job) -> str | None:
-    """The name of the newest whole checkpoint, such as ``step_00001000``."""
+    """The name of the newest whole checkpoint, such as ``step_00001000``; None before the first.
+
+    Raises:
+        CheckpointError: there are some, all of them damaged: to begin again would overwrite what
+            the run recorded.
+    """
     folder, verify = job.folder, job.trainer.verify_checkpoints
-    if not isinstance(folder, RemoteFolder):
-        newest = latest_checkpoint(job.paths().checkpoints, verify)
-        return None if newest is None else newest.name
+    if isinstance(folder, RemoteFolder):
+        marks = [
+            path for path in folder.list(CHECKPOINTS) if posixpath.basename(path) == STATE_FILE
+        ]
+        newest = _newest_whole(job, folder, marks, verify)
+    else:
+        root = job.paths().checkpoints
+        marks = [str(path) for path in root.glob(f"[!.]*/{STATE_FILE}")]
+        whole = latest_checkpoint(root, verify)
+        newest = None if whole is None else whole.name
+    if newest is None and marks:
+        raise CheckpointError(
+            f"none of the {len(marks)} checkpoints in {join(job.run_dir, CHECKPOINTS)} is whole: "
+            "bring one back, or delete them to begin again"
+        )
+    return newest
+
+
+def _newest_whole(job: _Job, folder: RemoteFolder, marks: list[str], verify: bool) -> str | None:
+    """As :func:`tinyflux.trainer.checkpoint.latest_checkpoint`, of state files at a URL."""
     found: list[tuple[int, str]] = []
-    for path in sorted(folder.list(CHECKPOINTS)):
-        if posixpath.basename(path) == STATE_FILE:
-            with left_out_if_damaged():
-                state = parse_state(folder.read(path), join(job.run_dir, path))
-                found.append((state.step, posixpath.basename(posixpath.dirname(path))))
+    for path in sorted(marks):
+        with left_out_if_damaged():
+            state = parse_state(folder.read(path), join(job.run_dir, path))
+            found.append((state.step, posixpath.basename(posixpath.dirname(path))))
     for _, name in sorted(found, reverse=True):
         with left_out_if_damaged():
             load_checkpoint(_local_checkpoint(job, name), verify)

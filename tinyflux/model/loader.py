@@ -61,8 +61,9 @@ def load_model(
     tensors = _read(weights)
     if strict:
         _check_depth(config, tensors, str(weights))
+    fitting = _fitting(_outline(config, str(weights)), tensors, str(weights), strict)
     model = TinyFluxDeep(config)
-    _fill(model, tensors, str(weights), strict)
+    model.load_state_dict(fitting, strict=False)
     return model.to(device=place, dtype=dtype).eval()
 
 
@@ -162,9 +163,21 @@ def _bare(name: str) -> str:
     return name
 
 
-def _fill(model: TinyFluxDeep, tensors: Mapping[str, Tensor], where: str, strict: bool) -> None:
-    """Copy ``tensors`` into ``model``; every name and shape must match unless not ``strict``."""
-    own = model.state_dict()
+def _outline(config: TinyFluxConfig, where: str) -> Mapping[str, Tensor]:
+    """Names and shapes of the tensors of a config's model, which take no memory."""
+    try:
+        with torch.device("meta"):
+            return TinyFluxDeep(config).state_dict()
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"no model can be built of the config of '{where}': {first_line(error):.200}"
+        ) from error
+
+
+def _fitting(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, strict: bool
+) -> dict[str, Tensor]:
+    """What of ``tensors`` fits the model's ``own``; all must, and be all, unless not ``strict``."""
     given = {k: v for k, v in tensors.items() if not k.startswith(UNUSED_PUBLISHED_PREFIXES)}
     missing = [name for name in own if name not in given]
     unknown = [name for name in given if name not in own]
@@ -187,5 +200,4 @@ def _fill(model: TinyFluxDeep, tensors: Mapping[str, Tensor], where: str, strict
     if problems:
         logger.warning("'%s' fits in part: skipped %s", where, "; ".join(problems))
     bad = {entry.split(" ", 1)[0] for entry in misshaped}
-    fitting = {k: v for k, v in given.items() if k in own and k not in bad}
-    model.load_state_dict(fitting, strict=False)
+    return {k: v for k, v in given.items() if k in own and k not in bad}

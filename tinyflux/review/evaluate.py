@@ -22,7 +22,7 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.storage.mirror import working_copy
-from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.sampling import Sampler, decode
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
@@ -126,7 +126,7 @@ def _draw(
     prompts = [captions[row] for row in chosen]
     zoo = run.zoo.build(run.model)
     shift = run.model.latent_shift
-    references = zoo.decode_latents(data.read(chosen)["latents"], shift=shift).cpu()
+    references = decode(zoo, data.read(chosen)["latents"], shift).cpu()
     drawn = {
         name: _drawn(run, zoo, model, prompts, (height, width)) for name, model in models.items()
     }

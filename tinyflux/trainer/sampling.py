@@ -75,6 +75,12 @@ def check_request(
             raise InputError(f"a seed must be from 0 to {MAX_SEED}, not {seed!r}")
 
 
+def decode(zoo: Encoders, latents: Tensor, shift: float) -> Tensor:
+    """Pictures ``[B, 3, H, W]`` in [0, 1], fp32, of ``[B, C, h, w]``, a few at a time."""
+    parts = [zoo.decode_latents(part, shift=shift) for part in latents.split(DECODE_BATCH)]
+    return torch.cat([part.float().clamp(0, 1) for part in parts])
+
+
 class Sampler:
     """Pictures from prompts.
 
@@ -151,12 +157,7 @@ class Sampler:
                 v = guided_velocity(self._forward, path.x, t, cond, uncond, guidance_scale)
                 if path.advance(v) and callback is not None:
                     callback(path.step, num_steps, path.x)
-        return torch.cat(
-            [
-                self.zoo.decode_latents(part, shift=config.latent_shift).float().clamp(0, 1)
-                for part in path.x.split(DECODE_BATCH)
-            ]
-        )
+        return decode(self.zoo, path.x, config.latent_shift)
 
     def save_samples(
         self,
