@@ -55,12 +55,12 @@ from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.serving.prompts import PromptCache
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.sampling import (
-    Encoders,
     Sampler,
     initial_noise,
     sample_grid,
@@ -76,12 +76,12 @@ Draw = Callable[[ImageRequest], Awaitable[None]]
 class CachedEncoders:
     """A zoo with the engine's prompt cache before its text encoders."""
 
-    def __init__(self, zoo: Encoders):
+    def __init__(self, zoo: ModelZoo):
         self._prompts = PromptCache(zoo, 256, torch.device("cpu"), torch.float32)
         self.decode_latents = zoo.decode_latents
 
     def encode_prompts_batched(self, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
-        found = [self._prompts(prompt) for prompt in prompts]
+        found = [self._prompts(prompt).condition for prompt in prompts]
         return torch.cat([each.t5 for each in found]), torch.cat([each.pooled for each in found])
 
 

@@ -160,7 +160,7 @@ def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
     # Another batch size draws the same pictures, which are the sampler's.
     alone = replace(
         config, output_dir=str(tmp_path / "alone"), batch_size=7, num_actors=1,
-        prompts=["red circle"], prompts_file=None, seed=6,
+        prompts=["red circle", "red " * 100], prompts_file=None, seed=6,
     )  # fmt: skip
     run(alone, place, head.environment)
     model = load_model(place / "model", device="cpu", dtype=torch.float32)
@@ -168,6 +168,11 @@ def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
     (wanted,) = Sampler(zoo, model, None, "cpu", torch.float32).generate(
         ["red circle"], 28, 5.0, 4, 4, seed=6, negative_prompt=""
     )
+    lines = (Path(alone.output_dir) / "metadata.jsonl").read_text().splitlines()
+    told = [json.loads(line).get("prompt_truncated") for line in lines]
+    assert told == [None, {"clip": 70, "t5": 277}]
+    log = Path(f"{alone.output_dir}.log").read_text()
+    assert "sample: 1 of 2 prompts are longer than the text encoders read" in log
     found = read_picture((Path(alone.output_dir) / "00000.png").read_bytes())
     torch.testing.assert_close(found, wanted, rtol=0, atol=1.01 / 255)
     with Image.open(output / "00000.png") as picture:

@@ -21,6 +21,7 @@ from tinyflux.errors import (
 )
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.text import READ_WHOLE
 from tinyflux.serving.app import run_server
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress
@@ -249,6 +250,22 @@ def test_guidance_is_one_forward_and_one_row_without_it(place, monkeypatch):
         assert rows == [2, 2]
         engine.generate(request(num_steps=2, guidance_scale=1.0))
         assert rows == [2, 2, 1, 1]
+
+
+def test_what_is_not_read_of_a_prompt_is_told_with_its_picture(place):
+    with opened(place) as engine:
+        short = engine.submit(request())
+        long = engine.submit(request(prompt="red " * 100, negative_prompt="blue " * 9))
+        again = engine.submit(request(prompt="red " * 100, negative_prompt="blue " * 99,
+                                      guidance_scale=1.0))  # fmt: skip
+        for ticket in (short, long, again):
+            ticket.result(TIMEOUT)
+        assert (short.cut, short.negative_cut) == (READ_WHOLE, READ_WHOLE)
+        cut = engine._zoo.cut_tokens(["red " * 100, "blue " * 9])
+        assert cut[0] == (70, 277)
+        assert cut[1].clip == 0 < cut[1].t5
+        assert [long.cut, long.negative_cut] == cut
+        assert (again.cut, again.negative_cut) == (cut[0], READ_WHOLE)  # not used, so not cut
 
 
 def test_prompts_are_encoded_once_and_the_oldest_forgotten(place):

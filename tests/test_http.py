@@ -221,6 +221,33 @@ def test_previews_come_while_it_draws(server):
     assert same(last, server.draw(num_steps=40, seed=3).content)
 
 
+def test_an_answer_says_how_much_of_the_prompts_was_not_read(server, client):
+    header, negative = "x-tinyflux-prompt-truncated", "x-tinyflux-negative-prompt-truncated"
+    assert not {header, negative} & set(server.draw().headers)
+    long, told = "red " * 100, {"clip": 70, "t5": 277}
+    answer = server.draw(prompt=long, negative_prompt=long)
+    assert answer.status_code == 200
+    assert [answer.headers[name] for name in (header, negative)] == ["clip=70, t5=277"] * 2
+    answer = client.images.with_raw_response.generate(prompt=long, n=2, size="16x16")
+    assert answer.headers[header] == "clip=70, t5=277"
+    assert negative not in answer.headers
+    assert len(answer.parse().data) == 2
+
+    accept = {"Accept": "text/event-stream"}
+    with server.http.stream("POST", "/generate", json={"prompt": long}, headers=accept) as answer:
+        *_, (event, data) = events_of(answer)
+    assert (event, data["prompt_truncated"]) == ("finished", told)
+    assert "negative_prompt_truncated" not in data
+    with client.images.generate(prompt=long, size="16x16", stream=True) as events:
+        *_, last = events
+    assert last.type == "image_generation.completed"
+    assert last.model_extra["prompt_truncated"] == told
+    paths = server.http.get("/openapi.json").json()["paths"]
+    for path in ("/generate", "/v1/images/generations"):
+        documented = {name.lower() for name in paths[path]["post"]["responses"]["200"]["headers"]}
+        assert documented == {header, negative}
+
+
 @pytest.mark.parametrize(
     ("status", "part", "body"),
     [

@@ -1,13 +1,15 @@
 """Texts as the encoders' tokens, and what the student reads of T5."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import T5EncoderModel
 
 from tinyflux.model.layers import rms_norm
+
+if TYPE_CHECKING:  # whoever only counts tokens loads no library of the encoders
+    from transformers import T5EncoderModel
 
 
 class CutTokens(NamedTuple):
@@ -15,6 +17,9 @@ class CutTokens(NamedTuple):
 
     clip: int
     t5: int
+
+
+READ_WHOLE = CutTokens(0, 0)
 
 
 class Tokens(NamedTuple):
@@ -42,7 +47,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], limit: int) -> Tokens:
 
 
 def t5_embeddings(
-    encoder: T5EncoderModel, ids: Tensor, mask: Tensor, layers: Sequence[int], padding: str
+    encoder: "T5EncoderModel", ids: Tensor, mask: Tensor, layers: Sequence[int], padding: str
 ) -> Tensor:
     """The mean of the RMS-normalised hidden states of ``layers``, ``[B, L, D]``.
 

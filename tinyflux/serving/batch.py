@@ -26,6 +26,7 @@ from tinyflux import errors
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.config import ZooConfig
+from tinyflux.model.text import CutTokens
 from tinyflux.serving.config import SampleConfig
 from tinyflux.serving.pictures import png_bytes
 from tinyflux.serving.prompt_file import Wish, read_wishes
@@ -72,7 +73,10 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
     if config.checkpoint is None or config.output_dir is None:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
     wishes, output = wanted_pictures(config), open_folder(config.output_dir)
-    weights = _fingerprint(load_student(config.checkpoint, "cpu", torch.float32))
+    student = load_student(config.checkpoint, "cpu", torch.float32)
+    weights = _fingerprint(student)
+    models = dataclasses.replace(zoo, device="cpu").build(student.config)
+    cuts = models.cut_tokens([wish.prompt for wish in wishes])
     batches = list(_batches(config, wishes, weights, output))
     total, left = len(wishes), sum(len(batch.missing) for batch in batches)
     print(f"sample: {total - left} of {total} are there", flush=True)
@@ -86,13 +90,21 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
             flush=True,
         )
     lines = [
-        json.dumps({"file_name": _name(place), **json.loads(_settings(wish, weights))})
-        for place, wish in enumerate(wishes)
+        json.dumps(
+            {"file_name": _name(place), **json.loads(_settings(wish, weights)), **_told(cut)}
+        )
+        for place, (wish, cut) in enumerate(zip(wishes, cuts, strict=True))
     ]
     output.write("metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
     if len({(wish.height, wish.width) for wish in wishes[:GRID]}) == 1:
         pictures = [read_picture(output.read(_name(place))) for place in range(min(total, GRID))]
         output.write("grid.png", png_bytes(image_grid(torch.stack(pictures))))
+    if longer := sum(map(any, cuts)):
+        print(
+            f"sample: {longer} of {total} prompts are longer than the text encoders read; "
+            f"metadata.jsonl says what was left out",
+            flush=True,
+        )
     print(f"sample: {total} pictures in {config.output_dir}", flush=True)
     return config.output_dir
 
@@ -196,6 +208,11 @@ def _name(place: int) -> str:
 def _settings(wish: Wish, weights: str) -> str:
     """What a picture depends on, kept in its file."""
     return json.dumps({**dataclasses.asdict(wish), "weights": weights}, sort_keys=True)
+
+
+def _told(cut: CutTokens) -> dict[str, dict[str, int]]:
+    """How many tokens of a prompt CLIP and T5 did not read, if any."""
+    return {"prompt_truncated": cut._asdict()} if any(cut) else {}
 
 
 def _settings_in(png: bytes) -> str | None:

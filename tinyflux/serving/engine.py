@@ -127,10 +127,7 @@ class ImageEngine:
         }
 
     def check(self, request: ImageRequest) -> None:
-        """Refuse what is out of bounds with an :class:`InputError` of one sentence.
-
-        A prompt of too many tokens is found later, and fails the request's ticket.
-        """
+        """Refuse what is out of bounds with an :class:`InputError` of one sentence."""
         config, limits = self.config, self.pixel_limits()
         step = limits["step"]
         if not request.prompt.strip():
@@ -325,9 +322,9 @@ class ImageEngine:
         request, config, step = sample.request, sample.model.config, self._zoo.downscale
         height, width = request.height // step, request.width // step
         try:
-            sample.cond = self._prompts(request.prompt)
+            sample.cond, sample.ticket.cut = self._prompts(request.prompt)
             if request.guidance_scale != 1.0:
-                sample.uncond = self._prompts(request.negative_prompt)
+                sample.uncond, sample.ticket.negative_cut = self._prompts(request.negative_prompt)
             x = initial_noise([request.seed], config.in_channels, height, width)[0]
             times = sample_times(config, request.num_steps, height, width)
             sample.path = Trajectory(x.to(self._device), times, request.solver)

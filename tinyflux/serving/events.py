@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tinyflux.model.text import READ_WHOLE, CutTokens
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -32,9 +34,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The picture as PNG."""
+    """The picture as PNG.
+
+    Attributes:
+        cut, negative_cut: how much of the prompt and of the negative prompt was not read.
+    """
 
     png: bytes
+    cut: CutTokens = READ_WHOLE
+    negative_cut: CutTokens = READ_WHOLE
 
 
 Event = Accepted | Refused | Step | Drawn

@@ -17,6 +17,7 @@ from tinyflux.serving.fields import MAX_SEED, MOST, Count, Solver, Text
 from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
+from tinyflux.serving.truncation import DOCUMENTED, truncation_fields, truncation_headers
 
 
 class GenerateBody(BaseModel):
@@ -50,7 +51,7 @@ class ReloadBody(BaseModel):
 
 
 _PICTURE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/png": {}, "text/event-stream": {}}}
+    200: {"content": {"image/png": {}, "text/event-stream": {}}, "headers": DOCUMENTED}
 }
 
 
@@ -67,7 +68,8 @@ def native_routes(studio: Studio) -> APIRouter:
         """Draw one picture.
 
         The answer is a PNG, its seed in the header `X-Seed`. With `Accept: text/event-stream` it
-        is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`.
+        is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`
+        (with `prompt_truncated` for the header of like name).
         """
         model, request = studio.choose(body.model), _request(studio, body)
         started = time.monotonic()
@@ -75,9 +77,13 @@ def native_routes(studio: Studio) -> APIRouter:
             events = studio.draw(model, request, every_step=True)
             await anext(events)  # accepted; refusals are answers with a status of their own
             return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
-        png = await studio.picture(model, request)
-        headers = {"X-Seed": str(request.seed), "X-Seconds": f"{time.monotonic() - started:.3f}"}
-        return Response(png, media_type="image/png", headers=headers)
+        drawn = await studio.picture(model, request)
+        headers = {
+            "X-Seed": str(request.seed),
+            "X-Seconds": f"{time.monotonic() - started:.3f}",
+            **truncation_headers(drawn),
+        }
+        return Response(drawn.png, media_type="image/png", headers=headers)
 
     @routes.get("/info", responses=errors_of(404))
     async def info(model: Text | None = None) -> dict[str, Any]:
@@ -165,6 +171,6 @@ async def _stream(
                     seconds = round(time.monotonic() - started, 3)
                     image = base64.b64encode(event.png).decode()
                     last = {"seed": request.seed, "seconds": seconds, "image": image}
-                    yield server_sent("finished", last)
+                    yield server_sent("finished", {**last, **truncation_fields(event)})
         except ApiError as error:
             yield server_sent("error", error.body())

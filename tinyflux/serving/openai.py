@@ -20,6 +20,7 @@ from tinyflux.serving.fields import MAX_SEED, Count, Solver, Text
 from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.studio import Studio
+from tinyflux.serving.truncation import DOCUMENTED, truncation_fields, truncation_headers
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
@@ -54,7 +55,7 @@ class ImagesBody(BaseModel):
 
 
 _PICTURES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "headers": DOCUMENTED}
 }
 
 
@@ -80,7 +81,9 @@ def openai_routes(studio: Studio) -> APIRouter:
         response_model=None,
         responses={**_PICTURES, **BODY_ERRORS, **errors_of(404, 429, 503)},
     )
-    async def generations(body: ImagesBody, http: Request) -> dict[str, Any] | Response:
+    async def generations(
+        body: ImagesBody, http: Request, answer: Response
+    ) -> dict[str, Any] | Response:
         """Draw pictures; with `stream`, server-sent events with partial pictures."""
         model, count = studio.choose(body.model), body.n or 1
         if count > config.max_n:
@@ -100,12 +103,13 @@ def openai_routes(studio: Studio) -> APIRouter:
             raise ApiError(400, "partial_images needs stream: true", "partial_images")
         pictures = await _all([studio.picture(model, request) for request in requests])
         data: list[dict[str, Any]] = []
-        for request, png in zip(requests, pictures, strict=True):
+        answer.headers.update(truncation_headers(pictures[0]))
+        for request, drawn in zip(requests, pictures, strict=True):
             if body.response_format == "url":
-                name = await studio.keep(png)
+                name = await studio.keep(drawn.png)
                 place = {"url": f"{http.base_url}v1/images/files/{name}.png"}
             else:
-                place = {"b64_json": base64.b64encode(png).decode()}
+                place = {"b64_json": base64.b64encode(drawn.png).decode()}
             data.append({**place, "seed": request.seed})
         return {"created": _now(), "data": data, "size": size, "output_format": "png"}
 
@@ -153,7 +157,7 @@ def _requests(studio: Studio, body: ImagesBody, count: int) -> list[ImageRequest
     ]
 
 
-async def _all(pictures: list[Any]) -> list[bytes]:
+async def _all(pictures: list[Any]) -> list[Drawn]:
     """All of them, or the first error with the others cancelled."""
     tasks = [asyncio.ensure_future(picture) for picture in pictures]
     try:
@@ -175,7 +179,7 @@ async def _stream(
             async for event in events:
                 if isinstance(event, Drawn):
                     kind, png = "image_generation.completed", event.png
-                    more: dict[str, Any] = {"usage": _NO_TOKENS}
+                    more: dict[str, Any] = {"usage": _NO_TOKENS, **truncation_fields(event)}
                 elif isinstance(event, Step) and event.preview is not None and sent < partial:
                     kind, png = "image_generation.partial_image", event.preview
                     more = {"partial_image_index": sent}

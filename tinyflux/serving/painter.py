@@ -72,7 +72,8 @@ class Painter:
             yield Accepted()
             async for event in ticket.events():
                 if isinstance(event, Finished):
-                    yield Drawn(await asyncio.to_thread(png_bytes, event.image))
+                    png = await asyncio.to_thread(png_bytes, event.image)
+                    yield Drawn(png, ticket.cut, ticket.negative_cut)
                     return
                 preview = event.preview
                 if preview is not None:

@@ -1,42 +1,55 @@
 """Prompts as the model reads them, each encoded once."""
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from tinyflux.model.guidance import TextCondition
-from tinyflux.trainer.sampling import Encoders
+from tinyflux.model.text import CutTokens
+
+if TYPE_CHECKING:
+    from tinyflux.model.zoo import ModelZoo
+
+
+class EncodedPrompt(NamedTuple):
+    """What the model gets of one prompt: ``[1, L, D]`` and ``[1, P]``, and what is left out."""
+
+    condition: TextCondition
+    cut: CutTokens
 
 
 class PromptCache:
-    """Text conditions of the prompts used last; for one thread, its length for any.
+    """The prompts used last, encoded; for one thread, its length for any.
 
     Args:
         size: prompts kept.
         device, dtype: of the conditions.
     """
 
-    def __init__(self, zoo: Encoders, size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, zoo: "ModelZoo", size: int, device: torch.device, dtype: torch.dtype):
         self._zoo, self._size = zoo, size
         self._device, self._dtype = device, dtype
-        self._kept: OrderedDict[str, TextCondition] = OrderedDict()
+        self._kept: OrderedDict[str, EncodedPrompt] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __call__(self, prompt: str) -> TextCondition:
-        """The condition of one prompt, ``[1, L, D]`` and ``[1, P]``; empty is the null caption.
-
-        Raises:
-            InputError: the prompt has too many tokens.
-        """
+    def __call__(self, prompt: str) -> EncodedPrompt:
+        """One prompt encoded; an empty one is the null caption."""
         found = self._kept.pop(prompt, None)
         if found is None:
-            t5, pooled = self._zoo.encode_prompts_batched([prompt], allow_empty=not prompt.strip())
-            found = TextCondition(
-                t5.to(self._device, self._dtype), pooled.to(self._device, self._dtype)
-            )
+            found = self._encode(prompt)
         self._kept[prompt] = found
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
         return found
+
+    def _encode(self, prompt: str) -> EncodedPrompt:
+        empty = not prompt.strip()
+        # Who asked is told what is cut; a log would tell those who did not.
+        t5, pooled = self._zoo.encode_prompts_batched([prompt], allow_empty=empty, warn_cut=False)
+        condition = TextCondition(
+            t5.to(self._device, self._dtype), pooled.to(self._device, self._dtype)
+        )
+        return EncodedPrompt(condition, *self._zoo.cut_tokens([prompt]))

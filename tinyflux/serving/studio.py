@@ -119,12 +119,12 @@ class Studio:
             503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
         )
 
-    async def picture(self, model: str, request: ImageRequest) -> bytes:
-        """The picture as PNG; see :meth:`draw`."""
+    async def picture(self, model: str, request: ImageRequest) -> Drawn:
+        """The picture; see :meth:`draw`."""
         async with aclosing(self.draw(model, request)) as events:
             async for event in events:
                 if isinstance(event, Drawn):
-                    return event.png
+                    return event
         raise AssertionError("draw ends with a picture or an error")
 
     async def limits(self, model: str) -> dict[str, int]:

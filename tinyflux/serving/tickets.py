@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tinyflux.model.text import READ_WHOLE, CutTokens
+
 # Events kept for a reader that lags behind: beyond that the oldest go.
 MAX_UNREAD = 64
 
@@ -52,9 +54,16 @@ class Finished:
 
 
 class Ticket:
-    """A request that an engine has accepted. Thread-safe; one reader of :meth:`events`."""
+    """A request that an engine has accepted. Thread-safe; one reader of :meth:`events`.
+
+    Attributes:
+        cut, negative_cut: how much of the prompt and of the negative prompt the text encoders do
+            not read; known before the first event.
+    """
 
     def __init__(self, on_cancel: Callable[[], None]):
+        self.cut: CutTokens = READ_WHOLE
+        self.negative_cut: CutTokens = READ_WHOLE
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
         self._unread: deque[Progress | Finished] = deque(maxlen=MAX_UNREAD)

@@ -163,7 +163,10 @@ async function draw() {
         }
       } else if (event === "finished") {
         finished = true;
-        const made = { ...asked, seed, url: blobUrl(data.image), seconds: data.seconds };
+        const cut = [];
+        if (data.prompt_truncated) cut.push("prompt");
+        if (data.negative_prompt_truncated) cut.push("negative prompt");
+        const made = { ...asked, seed, url: blobUrl(data.image), seconds: data.seconds, cut };
         present(made);
         keep(made);
       } else if (event === "error") {
@@ -191,7 +194,8 @@ function present(made) {
   show(at("picture"), made.url, made.width, made.prompt);
   at("empty").hidden = true;
   at("status").textContent =
-    `${made.width} × ${made.height}, ${made.num_steps} steps, seed ${made.seed}, ${made.seconds.toFixed(1)} s`;
+    `${made.width} × ${made.height}, ${made.num_steps} steps, seed ${made.seed}, ${made.seconds.toFixed(1)} s` +
+    made.cut.map((text) => `; the end of the ${text} was too long to be read`).join("");
 }
 
 function keep(made) {
