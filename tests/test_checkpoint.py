@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.test_trainer import make_trainer, shadow, weights
+from tests.trainers import make_trainer, shadow, weights
 from tinyflux.errors import CheckpointError, DamagedCheckpointError, InputError, TrainingError
 from tinyflux.model.loader import load_model
 from tinyflux.trainer.checkpoint import latest_checkpoint, load_checkpoint, prune, read_state

@@ -1,4 +1,7 @@
-"""The evaluator beside training on a real Ray, which takes some seconds to start."""
+"""The evaluator beside training gives way when it is slow.
+
+Slow: it starts a Ray.
+"""
 
 import logging
 import time

@@ -28,6 +28,9 @@ from tinyflux.serving.painter import Painter
 from tinyflux.serving.refusals import ApiError
 from tinyflux.serving.studio import Studio
 
+# The replica's own threads draw from `random` (Ray Serve's request ids) while hypothesis draws.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 JSON = {"Content-Type": "application/json"}
 
 
