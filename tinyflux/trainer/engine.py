@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tinyflux.errors import CheckpointError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import misfits
 from tinyflux.trainer.sharding import gather, parts_of, rank_and_world
 
 
@@ -276,17 +277,10 @@ def _check_state(
     """Refuse a parameter's state with other tensors than these; a weight may have none yet."""
     if expected is None or not found:
         return
-    problems = [f"{name}/{key} is missing" for key in expected if key not in found]
-    problems += [f"{name}/{key} is unknown" for key in found if key not in expected]
-    problems += [
-        f"{name}/{key} is {list(found[key].shape)} instead of {list(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key].shape != shape
-    ]
-    if problems:
+    if problems := misfits(expected, found):
         raise CheckpointError(
-            f"the checkpoint's optimizer state does not fit: {problems[0]}; use the model config "
-            "and the trainer.optimizer that it was made with"
+            f"the checkpoint's optimizer state does not fit: {name}/{problems[0]}; use the model "
+            "config and the trainer.optimizer that it was made with"
         )
 
 
