@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tinyflux.cache.build import BuildConfigs, LocalRunner, Makers, build
+from tinyflux.cache.build import BuildConfigs, LocalRunner, ModelFingerprints, build
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.encode import ShardTask
@@ -64,10 +64,10 @@ def write_source(path: Path, rows: int) -> None:
 class SyntheticRunner(LocalRunner):
     """Single numbers in place of features."""
 
-    def prepare(self) -> Callable[[], Makers]:
+    def prepare(self) -> Callable[[], ModelFingerprints]:
         groups = {group: GroupInfo({}, "float16", 1) for group in ("latents", "text")}
         text = write_null_text(self._configs.store, torch.zeros(1, 1), torch.zeros(1))
-        return lambda: Makers(Recipe(groups=groups), text)
+        return lambda: ModelFingerprints(Recipe(groups=groups), text)
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
         store = self._configs.store

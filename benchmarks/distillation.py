@@ -42,19 +42,19 @@ from transformers import T5Tokenizer
 
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import MixSource
-from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig, load_run_config
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import pack_latents
 from tinyflux.toy.openmoji import Emoji, write_picture_folder
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.checkpoint import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.evaluation import Evaluator, Within
+from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.losses import compute_main_loss
 from tinyflux.trainer.metrics import read_metrics
@@ -180,7 +180,7 @@ def train_student(
         paths,
         dataset.null_text,
         dataset.t_buckets,
-        Within(Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)),
+        InlineEvaluator(Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)),
     )
     steps = prefetch(worker_steps(dataset, held_out_rows, config, 0, 1, 0))
     try:
@@ -217,7 +217,7 @@ def losses_by_time(
             t = torch.full((size,), time_)
             teachers = teacher_features(batch, model.config, config, t, t_buckets)
             pred = model(
-                tokens(flow_x_t(data, noise, t)),
+                pack_latents(flow_x_t(data, noise, t)),
                 batch.t5_embeds.float(),
                 batch.clip_pooled.float(),
                 t,
@@ -225,7 +225,7 @@ def losses_by_time(
                 **teachers.seen(keep, keep),
                 grid=batch.grid,
             )
-            target = tokens(flow_velocity(data, noise))
+            target = pack_latents(flow_velocity(data, noise))
             sums[index] += compute_main_loss(pred, target, use_huber=False).item() * size
     return [total / count for total in sums]
 

@@ -25,10 +25,9 @@ from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
-from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.config import ClusterConfig, WorkersConfig
 from tinyflux.distributed.train import train
 from tinyflux.model.config import ZooConfig, preset
-from tinyflux.plan.config import ClusterConfig
 from tinyflux.plan.plan import make_plan
 from tinyflux.toy.openmoji import in_demo, write_picture_folder
 from tinyflux.toy.world import SHIPPED

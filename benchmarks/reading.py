@@ -46,7 +46,7 @@ SHAPES = {
 }
 SAMPLE_BYTES = sum(2 * int(np.prod(shape)) for shape in SHAPES.values())
 ROWS_PER_SHARD = 256
-SHUFFLE = 4096  # samples: tinyflux/distributed/order.py's window
+SHUFFLE = 4096  # samples: tinyflux/data/order.py's window
 OURS = "tinyflux"
 # Each loader, and with how many worker processes it is tried.
 LOADERS = {
@@ -140,9 +140,9 @@ def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterato
     """One pass or, of those without an end, more, as batches of fp16 tensors."""
     if loader == OURS:
         from tinyflux.cache.config import MixSource
-        from tinyflux.cache.mixture import CacheMixture
+        from tinyflux.data.mixture import CacheMixture
+        from tinyflux.data.order import BLOCK, WINDOW
         from tinyflux.distributed.data import worker_steps
-        from tinyflux.distributed.order import BLOCK, WINDOW
         from tinyflux.trainer.config import TrainerConfig
         from tinyflux.trainer.prefetch import prefetch
 

@@ -37,14 +37,14 @@ from tinyflux.cache.build import describe_tasks, read_receipts
 from tinyflux.cache.config import DataConfig, MixSource
 from tinyflux.cache.index import SCHEMA
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
-from tinyflux.cache.mixture import CacheMixture
-from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
+from tinyflux.cache.partition import PlannedShard, Rejected, plan_shards
 from tinyflux.cache.receipts import Receipt, group_path, receipt_path
-from tinyflux.cache.reuse import FormerRows
+from tinyflux.cache.reuse import ReusableRows
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.store import LocalStore
-from tinyflux.distributed.order import Rows, SampleOrder, Stream
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.order import Rows, SampleOrder, Stream
 from tinyflux.util.config import to_dict
 
 SIDE, PER_SHARD, MAKER = 512, 653, "0123456789abcdef" * 2
@@ -171,7 +171,7 @@ def receipts(root: Path, samples: int) -> Work:
 
 def former(root: Path, samples: int) -> Work:
     planned = write_receipts(root, samples)
-    return lambda: FormerRows(LocalStore(root), MAKERS, {shard.name for shard in planned})
+    return lambda: ReusableRows(LocalStore(root), MAKERS, {shard.name for shard in planned})
 
 
 def manifest(root: Path, samples: int) -> Work:

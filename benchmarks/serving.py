@@ -51,21 +51,21 @@ from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
 from torch import Tensor
 
+from tinyflux.inference.guidance import TextCondition, guided_velocity
+from tinyflux.inference.prompt_cache import PromptCache
+from tinyflux.inference.sampler import (
+    Sampler,
+    initial_noise,
+    sample_grid,
+)
+from tinyflux.inference.solvers import Trajectory
 from tinyflux.model.config import ZooConfig, preset
-from tinyflux.model.guidance import TextCondition, guided_velocity
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
-from tinyflux.serving.prompts import PromptCache
 from tinyflux.toy.world import SHIPPED
-from tinyflux.trainer.sampling import (
-    Sampler,
-    initial_noise,
-    sample_grid,
-)
-from tinyflux.trainer.solvers import Trajectory
 
 PROMPTS = ("red apple", "blue square", "green heart", "sunflower", "pizza", "purple circle")
 MIXED, ALIKE = (8, 28, 50), (28,)

@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from tinyflux.errors import ServingError, TinyFluxError
+from tinyflux.inference.solvers import SOLVERS
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.toy.world import SHIPPED
-from tinyflux.trainer.solvers import SOLVERS
 
 THINGS = ("red apple", "blue square", "green heart", "sunflower", "pizza", "purple circle")
 

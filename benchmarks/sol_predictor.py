@@ -38,12 +38,12 @@ from distillation import arm_config, prepare, run_config, train_student
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tinyflux.cache.mixture import CacheMixture
 from tinyflux.cache.schema import GROUPS
 from tinyflux.config import RunConfig
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.model.experts import SolUnits
-from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import pack_latents
 from tinyflux.trainer.step import teacher_features
 from tinyflux.trainer.validation import TIMES, HeldOut
 from tinyflux.util.config import to_dict
@@ -110,13 +110,13 @@ def look(model: TinyFluxDeep, held_out: HeldOut, constants: "Constants") -> dict
             assert stats is not None
             assert maps is not None
             given = (
-                tokens(flow_x_t(data, noise, t)),
+                pack_latents(flow_x_t(data, noise, t)),
                 batch.t5_embeds.float(),
                 batch.clip_pooled.float(),
                 t,
                 TinyFluxDeep.create_img_ids(size, *batch.grid),
             )
-            target = tokens(flow_velocity(data, noise))
+            target = pack_latents(flow_velocity(data, noise))
             for name, choice in GIVEN.items():
                 pred, experts = model(
                     *given, **choice(stats, maps), return_expert_pred=True, grid=batch.grid

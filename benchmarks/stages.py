@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from tinyflux.cache.extract import Extractor
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.step import TrainBatch, training_loss
 
 

@@ -32,8 +32,8 @@ import ray
 import torch
 
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
-from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.build import build_cache
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.data import worker_steps

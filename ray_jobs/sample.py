@@ -5,7 +5,7 @@
 
 import sys
 
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 
 if __name__ == "__main__":
     sys.exit(run_job("sample"))

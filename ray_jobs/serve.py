@@ -10,7 +10,7 @@ import sys
 
 from ray.serve import Application
 
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 
 
 def app(args: dict[str, str]) -> Application:

@@ -21,19 +21,19 @@ from tests.ray_head import ROOT
 from tests.serving_place import make_place
 from tests.waiting import PATIENCE, wait_for
 from tests.worlds import zoo_config
+from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.prompt_file import Wish
+from tinyflux.distributed.sample import read_picture, wanted_pictures
 from tinyflux.errors import InputError
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
-from tinyflux.serving.batch import read_picture, wanted_pictures
-from tinyflux.serving.config import SampleConfig
-from tinyflux.serving.prompt_file import Wish
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.config import to_dict
 
 JOB = """
 import json, sys
 from tinyflux.model.config import ZooConfig
-from tinyflux.serving.config import SampleConfig
-from tinyflux.serving.batch import sample_prompts
+from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.sample import sample_prompts
 from tinyflux.util.config import from_dict
 sample_prompts(from_dict(SampleConfig, json.loads(sys.argv[1]), "test"),
                from_dict(ZooConfig, json.loads(sys.argv[2]), "test"))

@@ -28,9 +28,9 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.inspect import describe
 from tinyflux.cache.manifest import CutCaptions, Manifest
-from tinyflux.cache.mixture import CacheMixture
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.verify import verify
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.data import worker_steps
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.model import TinyFluxDeep

@@ -22,7 +22,7 @@ from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.manifest import Manifest, sha256
 from tinyflux.cache.verify import drop, verify
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 
 
 @pytest.fixture(scope="module")

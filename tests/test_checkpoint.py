@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainers import make_trainer, shadow, weights
 from tinyflux.errors import CheckpointError, DamagedCheckpointError, InputError, TrainingError
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
 from tinyflux.trainer.checkpoint import latest_checkpoint, load_checkpoint, prune, read_state
 from tinyflux.trainer.metrics import MetricLog, best_record, read_metrics
-from tinyflux.trainer.sampling import Sampler
 
 WRITTEN = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.json")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tinyflux.cache.config import MixSource
-from tinyflux.cache_cli import COMMANDS as CACHE_COMMANDS
-from tinyflux.cli import COMMANDS, run_job
+from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
+from tinyflux.cli.main import COMMANDS, run_job
 from tinyflux.config import RunConfig, load_run_config, parse_run_config, save_run_config
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import PRESETS, preset
@@ -83,7 +83,7 @@ def test_a_mistake_ends_a_job_with_status_2_and_no_traceback(capsys, tmp_path):
 
 
 def test_the_command_line_answers_quickly_and_without_torch():
-    code = "import tinyflux.cli, sys; assert 'torch' not in sys.modules"
+    code = "import tinyflux.cli.main, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run(
         [sys.executable, "-m", "tinyflux", "--version"], capture_output=True, text=True, check=True
@@ -138,8 +138,8 @@ MACHINERY = {"ray", "transformers", "diffusers", "pyarrow", "deepspeed", "fastap
     "code",
     [
         "import tinyflux.config",
-        "from tinyflux.cli import run_job; run_job('train', ['--help'])",
-        "from tinyflux.cli import run_job; run_job('serve', ['--serve.prot', '1'])",
+        "from tinyflux.cli.main import run_job; run_job('train', ['--help'])",
+        "from tinyflux.cli.main import run_job; run_job('serve', ['--serve.prot', '1'])",
     ],
 )
 def test_settings_are_read_without_the_machinery(code):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tinyflux.cache_cli import COMMANDS as CACHE_COMMANDS
-from tinyflux.cli import COMMANDS
+from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
+from tinyflux.cli.main import COMMANDS
 from tinyflux.config import RunConfig, _names
 
 ROOT = Path(__file__).parents[1]

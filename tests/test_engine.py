@@ -19,13 +19,13 @@ from tinyflux.errors import (
     OverloadedError,
     ServingError,
 )
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.text import READ_WHOLE
 from tinyflux.serving.app import run_server
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress
-from tinyflux.trainer.sampling import Sampler
 
 STEP = 4  # the toy VAE's downscale
 TIMEOUT = waiting.PATIENCE

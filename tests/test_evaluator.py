@@ -13,9 +13,9 @@ import torch
 ray = pytest.importorskip("ray")
 
 from tests.waiting import wait_for  # noqa: E402
-from tinyflux.distributed.evaluation import Beside  # noqa: E402
+from tinyflux.distributed.evaluator import ActorEvaluator  # noqa: E402
 from tinyflux.distributed.ray_session import ensure_ray  # noqa: E402
-from tinyflux.trainer.evaluation import Evaluation, Look  # noqa: E402
+from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -45,12 +45,12 @@ def here():
 
 def test_a_slow_evaluator_is_given_up_and_asked_again_when_it_is_done(here, tmp_path, caplog):
     release = tmp_path / "release"
-    evaluations = Beside(lambda device: Slow(release), gpus=0, threads=1, seconds=1.0)
+    evaluations = ActorEvaluator(lambda device: Slow(release), gpus=0, threads=1, seconds=1.0)
     tensors = {"weight": torch.zeros(2)}
-    evaluations.submit(Look(1, True, False, (4, 4)), tensors, tensors)
+    evaluations.submit(EvaluationRequest(1, True, False, (4, 4)), tensors, tensors)
     with caplog.at_level(logging.WARNING):
         assert evaluations.take(wait=True) == []
-        evaluations.submit(Look(2, True, False, (4, 4)), tensors, tensors)
+        evaluations.submit(EvaluationRequest(2, True, False, (4, 4)), tensors, tensors)
         assert evaluations.take(wait=True) == []
     assert "step 1 are not looked at: the evaluator took over 1 s" in caplog.text
     assert "step 2 are not looked at: the evaluator is still busy" in caplog.text
@@ -58,7 +58,7 @@ def test_a_slow_evaluator_is_given_up_and_asked_again_when_it_is_done(here, tmp_
     found: list[Evaluation] = []
 
     def answered() -> bool:
-        evaluations.submit(Look(3, True, False, (4, 4)), tensors, tensors)
+        evaluations.submit(EvaluationRequest(3, True, False, (4, 4)), tensors, tensors)
         found.extend(evaluations.take(wait=True))
         return bool(found)
 

@@ -11,14 +11,14 @@ from ray_jobs.serve import app
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import ZooConfig
-from tinyflux.serving.api import make_api
 from tinyflux.serving.app import build_app, served_models
-from tinyflux.serving.board import Board
+from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.keys import check_exposure, read_keys
+from tinyflux.serving.http.api import make_api
+from tinyflux.serving.http.auth import check_exposure, read_keys
 from tinyflux.serving.metrics import size_label
-from tinyflux.serving.painter import signature
-from tinyflux.serving.studio import Studio
+from tinyflux.serving.registry import ReplicaRegistry
+from tinyflux.serving.replica import signature
 
 KEYS = ["first-key-0123456789", "second-key-0123456789"]
 
@@ -84,7 +84,7 @@ def answer_of(config, method, path, client="127.0.0.1", **request):
     """The answer to one request of a client at that address."""
 
     async def ask():
-        api = make_api(Studio(config, {"a": None}, None))
+        api = make_api(EngineClient(config, {"a": None}, None))
         transport = httpx.ASGITransport(api, client=(client, 5000))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return await http.request(method, path, **request)
@@ -193,7 +193,7 @@ def test_a_body_that_stops_coming_is_not_waited_for():
         headers = [(b"host", b"localhost"), (b"content-length", b"30")]
         scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers,
                  "query_string": b"", "client": ("127.0.0.1", 5000)}  # fmt: skip
-        await make_api(Studio(config, {"a": None}, None))(scope, receive, send)
+        await make_api(EngineClient(config, {"a": None}, None))(scope, receive, send)
         return sent
 
     start, body = asyncio.run(asks(ServeConfig(receive_seconds=0.05)))
@@ -231,7 +231,7 @@ def test_ray_serves_own_command_refuses_such_a_config_too(tmp_path):
 
 def test_the_board_keeps_so_many_pictures_for_so_long():
     async def kept(config, count, pause=0.0):
-        board = Board(config)
+        board = ReplicaRegistry(config)
         names = [await board.keep(bytes([index])) for index in range(count)]
         await asyncio.sleep(pause)
         return names, [await board.kept(name) for name in names]
@@ -245,7 +245,7 @@ def test_the_board_keeps_so_many_pictures_for_so_long():
 
 def test_a_call_to_reload_reaches_every_replica_of_its_model():
     async def told():
-        board = Board(ServeConfig())
+        board = ReplicaRegistry(ServeConfig())
         before = await board.report("a", "a1", {})
         await board.call_reload("a")
         after = [await board.report(*who, {}) for who in (("a", "a1"), ("a", "a2"), ("b", "b1"))]

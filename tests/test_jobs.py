@@ -19,8 +19,8 @@ pytest.importorskip("deepspeed")
 
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.config import WorkersConfig
-from tinyflux.serving.config import SampleConfig, ServeConfig
+from tinyflux.distributed.config import SampleConfig, WorkersConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 
 pytestmark = pytest.mark.slow

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tinyflux.errors import ConfigError, InputError
+from tinyflux.model.time_shift import flux_shift
 from tinyflux.trainer.losses import (
     compute_lune_loss,
     compute_main_loss,
@@ -14,7 +15,6 @@ from tinyflux.trainer.losses import (
     huber_loss,
     min_snr_weight,
 )
-from tinyflux.trainer.schedules import flux_shift
 
 GOLDEN = load_file(Path(__file__).parent / "goldens" / "losses.safetensors")
 

@@ -10,7 +10,7 @@ import torch
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
-from tinyflux.cache.mixture import CacheMixture
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.model.experts import SolUnits

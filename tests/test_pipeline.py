@@ -11,15 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.worlds import make_world, student_config, zoo_config
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, save_run_config
+from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import TinyFluxError
+from tinyflux.inference.sampler import Sampler, initial_noise
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.pipeline.export import export, make_pipeline
 from tinyflux.pipeline.pipeline import TinyFluxPipeline
-from tinyflux.serving.config import SampleConfig
-from tinyflux.trainer.sampling import Sampler, initial_noise
 
 # transformers and diffusers say of themselves what they will change.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -15,7 +15,7 @@ from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build, estimate
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig
-from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.config import GB, ClusterConfig, WorkersConfig
 from tinyflux.distributed.memory import sent_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, preset
@@ -23,10 +23,9 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.model.zoo import _SD15_UNET
 from tinyflux.plan import encoders
-from tinyflux.plan.config import GB, ClusterConfig
 from tinyflux.plan.plan import make_plan
 from tinyflux.plan.work import count_step, flop_counter, step_work
-from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint
+from tinyflux.trainer.checkpoint import CheckpointData, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
@@ -132,7 +131,7 @@ def test_a_checkpoint_is_as_large_as_planned(toy, tmp_path):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     engine.step(1e-4)
-    contents = Contents(
+    contents = CheckpointData(
         model,
         model.state_dict(),
         EMA(model, 0.99).state_dict()["shadow"],

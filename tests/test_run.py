@@ -2,9 +2,9 @@
 
 import torch
 
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.review.evaluate import nearest_share
+from tinyflux.report.evaluate import nearest_share
 
 
 def test_nearest_counts_pictures_that_are_nearest_to_their_own():

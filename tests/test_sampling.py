@@ -7,13 +7,13 @@ from PIL import Image
 from tests.fake_zoo import FakeZoo
 from tests.students import student
 from tinyflux.errors import InputError
-from tinyflux.model.guidance import TextCondition, guided_velocity
-from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.sampling import (
+from tinyflux.inference.guidance import TextCondition, guided_velocity
+from tinyflux.inference.sampler import (
     Sampler,
     image_grid,
     sample_grid,
 )
+from tinyflux.trainer.ema import EMA
 
 
 @pytest.fixture

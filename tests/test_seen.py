@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyflux.cache import seen
-from tinyflux.cache.seen import SeenKeys
+from tinyflux.cache.key_set import KeySet
 
 # Half of them begin as another does.
 KEYS = [hashlib.sha256(bytes([n])).hexdigest()[:32] for n in range(40)]
@@ -17,7 +17,7 @@ KEYS += [key[:16] + other[:16] for key, other in zip(KEYS, reversed(KEYS), stric
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(KEYS), max_size=30), max_size=12))
 def test_a_key_is_known_from_its_second_time_on(batches):
-    keys, known = SeenKeys(), set()
+    keys, known = KeySet(), set()
     for batch in batches:
         expected = []
         for key in batch:
@@ -30,7 +30,7 @@ def test_runs_that_are_not_merged_are_searched_too(monkeypatch):
     monkeypatch.setattr(seen, "LARGEST_RUN", 64)
     numbers = random.Random(0)
     every = [f"{numbers.getrandbits(128):032x}" for _ in range(1000)]
-    keys = SeenKeys()
+    keys = KeySet()
     for at in range(0, 1000, 10):
         assert not any(keys.add(every[at : at + 10]))
     assert all(keys.add(every))

@@ -17,16 +17,16 @@ from ray.serve._private.local_testing_mode import make_local_deployment_handle
 from tests.odd_requests import GOOD, VALUES, Address, addresses, body_of, odd_requests
 from tests.serving_place import make_place
 from tests.worlds import zoo_config
-from tinyflux.serving.api import make_api
-from tinyflux.serving.board import Board
+from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Accepted
-from tinyflux.serving.native import GenerateBody, ReloadBody
-from tinyflux.serving.openai import ImagesBody
-from tinyflux.serving.painter import Painter
-from tinyflux.serving.refusals import ApiError
-from tinyflux.serving.studio import Studio
+from tinyflux.serving.http.api import make_api
+from tinyflux.serving.http.errors import ApiError
+from tinyflux.serving.http.native import GenerateBody, ReloadBody
+from tinyflux.serving.http.openai import ImagesBody
+from tinyflux.serving.registry import ReplicaRegistry
+from tinyflux.serving.replica import EngineReplica
 
 # The replica's own threads draw from `random` (Ray Serve's request ids) while hypothesis draws.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -35,15 +35,15 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory) -> Studio:
+def studio(tmp_path_factory) -> EngineClient:
     place = make_place(tmp_path_factory.mktemp("odd"))
     config = ServeConfig(
         checkpoint=str(place / "model"), default_size=16, default_steps=2, default_guidance=2.0,
         max_steps=4, max_height=8, max_width=8,
     )  # fmt: skip
     zoo = zoo_config(place / "world")
-    shared = serve.deployment(Board).options(name="board").bind(config)
-    painter = serve.deployment(Painter).options(name="model")
+    shared = serve.deployment(ReplicaRegistry).options(name="board").bind(config)
+    painter = serve.deployment(EngineReplica).options(name="model")
     painted = painter.bind(config, zoo, "tinyflux", config.checkpoint, shared)
     me = context.ReplicaContext(
         ReplicaID("here", DeploymentID("model", "tinyflux")), None, None, None, 1
@@ -54,7 +54,7 @@ def studio(tmp_path_factory) -> Studio:
         handles = build_app(
             painted, name="tinyflux", make_deployment_handle=make_local_deployment_handle
         ).deployment_handles
-    return Studio(config, {"tinyflux": handles["model"]}, handles["board"])
+    return EngineClient(config, {"tinyflux": handles["model"]}, handles["board"])
 
 
 @pytest.fixture(scope="module")

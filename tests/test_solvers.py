@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyflux.errors import InputError
-from tinyflux.trainer.sampling import sample_grid
-from tinyflux.trainer.solvers import SOLVERS, Trajectory, evaluations_per_step
+from tinyflux.inference.sampler import sample_grid
+from tinyflux.inference.solvers import SOLVERS, Trajectory, evaluations_per_step
 
 names = st.sampled_from(sorted(SOLVERS))
 

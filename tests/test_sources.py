@@ -29,12 +29,12 @@ from tinyflux.cache.sources import (
     filesystem,
     fit_mask,
     fit_picture,
-    list_units,
+    list_splits,
     open_pictures,
-    read_unit,
+    read_split,
     size_buckets,
 )
-from tinyflux.cache.sources.units import Unit
+from tinyflux.cache.sources.splits import SourceSplit
 from tinyflux.errors import ConfigError, InputError
 
 LIMIT = 10_000_000
@@ -107,8 +107,8 @@ def write(files, root):
 def test_every_format_gives_the_same_pictures(kind, where, tmp_path):
     root = tmp_path / "data" if where == "local" else f"memory://{uuid.uuid4().hex}"
     data = DataConfig(write(FORMATS[kind](), root), mask_key="mask", caption_lines=True)
-    units = list_units(data)
-    raws = [raw for unit in units for raw in read_unit(data, unit)]
+    units = list_splits(data)
+    raws = [raw for unit in units for raw in read_split(data, unit)]
     assert [raw.reason for raw in raws] == ["", "", ""]
     assert [raw.content for raw in raws] == list(PICTURES.values())
     assert [raw.captions for raw in raws] == list(CLEAN.values())
@@ -118,14 +118,14 @@ def test_every_format_gives_the_same_pictures(kind, where, tmp_path):
     found = open_pictures(data, [locators[at] for at in order])
     assert list(found) == [list(PICTURES.values())[at] for at in order]
     assert list(open_pictures(data, [raws[0].mask_locator])) == [MASK]
-    assert list_units(data) == units
+    assert list_splits(data) == units
 
 
 def test_a_single_file_is_a_source(tmp_path):
     write(as_tar(), tmp_path)
-    (unit,) = list_units(DataConfig(str(tmp_path / "train-0.tar")))
+    (unit,) = list_splits(DataConfig(str(tmp_path / "train-0.tar")))
     data = DataConfig(str(tmp_path / "train-0.tar"))
-    raws = list(read_unit(data, unit))
+    raws = list(read_split(data, unit))
     assert [raw.content for raw in raws] == list(PICTURES.values())
     assert list(open_pictures(data, [raws[1].locator])) == [raws[1].content]
 
@@ -134,16 +134,16 @@ def test_metadata_csv(tmp_path):
     write({"1.png": PICTURES["a"], "metadata.csv": b"file_name,text\n1.png,\"red, round\"\n"},
           tmp_path)  # fmt: skip
     data = DataConfig(str(tmp_path))
-    assert next(read_unit(data, list_units(data)[0])).captions == ("red, round",)
+    assert next(read_split(data, list_splits(data)[0])).captions == ("red, round",)
 
 
 def test_a_unit_is_another_when_and_only_when_its_files_are(tmp_path):
     data = DataConfig(write(as_text_files(), tmp_path))
-    (before,) = [unit.digest for unit in list_units(data)]
+    (before,) = [unit.digest for unit in list_splits(data)]
     (tmp_path / "notes.md").write_text("other")
-    assert [unit.digest for unit in list_units(data)] == [before]
+    assert [unit.digest for unit in list_splits(data)] == [before]
     os.utime(tmp_path / "b.txt", ns=(1, 1))
-    (after,) = [unit.digest for unit in list_units(data)]
+    (after,) = [unit.digest for unit in list_splits(data)]
     assert after != before
 
 
@@ -151,19 +151,19 @@ def test_a_new_picture_changes_few_units(tmp_path, monkeypatch):
     monkeypatch.setattr("tinyflux.cache.sources.folder.PICTURES_PER_UNIT", 16)
     files = {f"{i:04d}.png": b"" for i in range(300)}
     data = DataConfig(write(files, tmp_path))
-    before = list_units(data)
-    lengths = [len(list(read_unit(data, unit))) for unit in before]
+    before = list_splits(data)
+    lengths = [len(list(read_split(data, unit))) for unit in before]
     assert sum(lengths) == 300
     assert max(lengths) <= 16
     assert min(lengths[:-1]) >= 4
     write({"0100b.png": b""}, tmp_path)
-    new = {unit.digest for unit in list_units(data)} - {unit.digest for unit in before}
+    new = {unit.digest for unit in list_splits(data)} - {unit.digest for unit in before}
     # Its own; and if that moved a cut, those up to the next name that is one.
     assert 1 <= len(new) <= 5
 
 
 def reasons(data):
-    return [raw.reason for unit in list_units(data) for raw in read_unit(data, unit)]
+    return [raw.reason for unit in list_splits(data) for raw in read_split(data, unit)]
 
 
 def test_what_is_wrong_with_single_pictures_is_told(tmp_path):
@@ -181,7 +181,7 @@ def test_what_is_wrong_with_single_pictures_is_told(tmp_path):
 def one_picture(tmp_path, caption, **options):
     line = f'{{"file_name": "a.png", "text": {caption}}}'.encode()
     data = DataConfig(write({"a.png": PICTURES["a"], "metadata.jsonl": line}, tmp_path), **options)
-    (raw,) = read_unit(data, list_units(data)[0])
+    (raw,) = read_split(data, list_splits(data)[0])
     return raw
 
 
@@ -247,8 +247,8 @@ def test_members_that_macos_adds_are_no_samples(tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_failing_storage_costs_no_picture(kind, tmp_path, monkeypatch):
     data = DataConfig(write(FORMATS[kind](), tmp_path))
-    units = list_units(data)
-    locators = [raw.locator for unit in units for raw in read_unit(data, unit)]
+    units = list_splits(data)
+    locators = [raw.locator for unit in units for raw in read_split(data, unit)]
 
     class Failing(MemoryFileSystem):
         def isfile(self, path):
@@ -261,7 +261,7 @@ def test_a_failing_storage_costs_no_picture(kind, tmp_path, monkeypatch):
     for module in ("folder", "webdataset", "parquet", "units"):
         monkeypatch.setattr(f"tinyflux.cache.sources.{module}.open_place", lambda *_: failing)
     with pytest.raises(InputError, match=r"cannot be read now \(the network is down"):
-        list(read_unit(data, units[0]))
+        list(read_split(data, units[0]))
     with pytest.raises(InputError, match=r"cannot be read now \(the network is down"):
         list(open_pictures(data, locators))
 
@@ -272,7 +272,7 @@ def test_a_row_without_bytes_and_a_column_of_something_else(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert ["no bytes" in reason for reason in reasons(DataConfig(str(tmp_path)))] == [True, False]
     with pytest.raises(InputError, match=r"'label' .* is of type int64, not the bytes of pictures"):
-        list_units(DataConfig(str(tmp_path), image_key="label"))
+        list_splits(DataConfig(str(tmp_path), image_key="label"))
 
 
 def test_masks_that_metadata_names(tmp_path):
@@ -280,11 +280,11 @@ def test_masks_that_metadata_names(tmp_path):
     files = {"a.png": PICTURES["a"], "masks/a.png": MASK}
     folder = write({**files, "metadata.jsonl": json.dumps(line).encode()}, tmp_path)
     data = DataConfig(folder, mask_key="mask")
-    ((raw,),) = [read_unit(data, unit) for unit in list_units(data)]
+    ((raw,),) = [read_split(data, unit) for unit in list_splits(data)]
     assert raw.mask == MASK
     (tmp_path / "masks" / "a.png").unlink()
     with pytest.raises(InputError, match=r"line 1 lists 'masks/a\.png', which does not exist"):
-        list_units(data)
+        list_splits(data)
 
 
 @pytest.mark.parametrize("where", ["local", "fsspec"])
@@ -293,25 +293,25 @@ def test_some_files_of_a_folder(where, tmp_path):
     tar = as_tar()["train-0.tar"]
     write({"x/train-0.tar": tar, "x/train-1.tar": tar, "x/test-0.tar": b"", "a.tar": b""}, root)
     data = DataConfig(f"{root}/x/train-*.tar")
-    raws = [raw for unit in list_units(data) for raw in read_unit(data, unit)]
+    raws = [raw for unit in list_splits(data) for raw in read_split(data, unit)]
     assert [raw.source for raw in raws] == [
         f"train-{tar}.tar/x/{name}" for tar in (0, 1) for name in PICTURES
     ]
     found = list(open_pictures(data, [raw.locator for raw in raws[::-1]]))
     assert found == [raw.content for raw in raws[::-1]]
     with pytest.raises(InputError, match="holds no pictures"):
-        list_units(DataConfig(f"{root}/x/val-*.tar"))
+        list_splits(DataConfig(f"{root}/x/val-*.tar"))
 
 
 def test_brackets_may_be_part_of_a_name(tmp_path):
     data = DataConfig(write(as_text_files(), tmp_path / "a[1]"), caption_lines=True)
-    assert len(list(read_unit(data, list_units(data)[0]))) == 4
+    assert len(list(read_split(data, list_splits(data)[0]))) == 4
 
 
 def test_a_name_that_is_not_text_is_named(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(PICTURES["a"])
     with pytest.raises(InputError, match="whose name is not UTF-8 text"):
-        list_units(DataConfig(str(tmp_path)))
+        list_splits(DataConfig(str(tmp_path)))
 
 
 SECRET = b"root:x:0:0"
@@ -341,8 +341,8 @@ def linked(tmp_path):
 
 
 def test_links_that_leave_the_folder_are_refused(linked):
-    (unit,) = list_units(linked)
-    raws = {raw.source: raw for raw in read_unit(linked, unit)}
+    (unit,) = list_splits(linked)
+    raws = {raw.source: raw for raw in read_split(linked, unit)}
     assert list(raws) == ["a.png", "alias.png", "c.png", "e.png", "pool", "sub/b.png"]
     refused = {"c.png": "c.png", "e.png": "e.txt", "pool": "pool"}
     for source, link in refused.items():
@@ -356,9 +356,9 @@ def test_links_that_leave_the_folder_are_refused(linked):
 
 def test_links_are_followed_where_that_is_wanted(linked):
     data = replace(linked, follow_links=True)
-    (before,), (unit,) = list_units(linked), list_units(data)
+    (before,), (unit,) = list_splits(linked), list_splits(data)
     assert before.digest != unit.digest
-    raws = {raw.source: raw for raw in read_unit(data, unit)}
+    raws = {raw.source: raw for raw in read_split(data, unit)}
     assert list(raws) == ["a.png", "alias.png", "c.png", "e.png", "pool/d.png", "sub/b.png"]
     assert raws["e.png"].captions == (SECRET.decode(),)
     assert raws["pool/d.png"].captions == ("green",)
@@ -372,17 +372,17 @@ def test_a_link_to_above_the_folder_ends(tmp_path):
     (root / "up").symlink_to("../..")
     data = DataConfig(str(root), caption_lines=True, mask_key="mask", follow_links=True)
     (tmp_path / "above" / "z.png").write_bytes(PICTURES["a"])
-    sources = [raw.source for unit in list_units(data) for raw in read_unit(data, unit)]
+    sources = [raw.source for unit in list_splits(data) for raw in read_split(data, unit)]
     assert sources == ["a.png", "b.png", "c.png", "up/above/z.png"]
 
 
 def test_a_file_that_became_a_link_since_it_was_listed_is_not_read(linked, tmp_path):
-    (unit,) = list_units(linked)
+    (unit,) = list_splits(linked)
     path = tmp_path / "data" / "a.txt"
     path.unlink()
     path.symlink_to(tmp_path / "outside" / "secret.txt")
     with pytest.raises(InputError, match=rf"'a\.txt' {LEAVES}"):
-        list(read_unit(linked, unit))
+        list(read_split(linked, unit))
     (found,) = open_pictures(linked, ['["c.png"]'])
     assert isinstance(found, InputError)
 
@@ -395,7 +395,7 @@ def test_links_to_whole_files_of_data_are_refused(name, tmp_path):
     link.symlink_to(tmp_path / "outside" / name)
     for location in (link.parent, link.parent / "*"):
         with pytest.raises(InputError, match=rf"'{link.name}' {LEAVES}"):
-            list_units(DataConfig(str(location)))
+            list_splits(DataConfig(str(location)))
     assert reasons(DataConfig(str(link.parent), follow_links=True)) == ["", "", ""]
     # Who names the link itself means what it leads to.
     assert reasons(DataConfig(str(link))) == ["", "", ""]
@@ -409,13 +409,13 @@ def test_links_to_metadata_are_refused_and_the_folder_itself_may_be_a_link(tmp_p
     (tmp_path / "real" / "in" / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
     (tmp_path / "real" / "in" / "metadata.jsonl").symlink_to("../../metadata.jsonl")
     with pytest.raises(InputError, match=rf"'metadata\.jsonl' {LEAVES}"):
-        list_units(named)
+        list_splits(named)
     assert reasons(replace(named, follow_links=True)) == ["", "", ""]
 
 
 def test_a_folder_opened_by_fsspec_has_the_same_rules(linked):
     by_url = DataConfig(f"local://{linked.folder}")
-    assert list_units(by_url) == list_units(linked)
+    assert list_splits(by_url) == list_splits(linked)
 
 
 def test_a_link_inside_a_pattern_is_said(tmp_path):
@@ -423,13 +423,13 @@ def test_a_link_inside_a_pattern_is_said(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x").symlink_to(tmp_path / "outside" / "x")
     with pytest.raises(InputError, match=f"'x' {LEAVES}"):
-        list_units(DataConfig(f"{tmp_path}/data/*/a.tar", format="webdataset"))
+        list_splits(DataConfig(f"{tmp_path}/data/*/a.tar", format="webdataset"))
 
 
 def test_a_local_file_has_the_size_and_time_that_pyarrow_says(tmp_path):
     # A unit's digest holds them, so caches that were indexed before are not indexed again.
     write(as_text_files(), tmp_path)
-    (unit,) = list_units(DataConfig(str(tmp_path), mask_key="mask"))
+    (unit,) = list_splits(DataConfig(str(tmp_path), mask_key="mask"))
     info = fs.LocalFileSystem().get_file_info(str(tmp_path / "a.png"))
     assert json.loads(unit.part)[0]["picture"] == ["a.png", info.size, info.mtime_ns]
 
@@ -465,17 +465,17 @@ def test_links_in_a_tar_are_not_followed(tmp_path):
 )
 def test_sources_that_cannot_be_read_are_explained(files, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        list_units(DataConfig(write(files, tmp_path)))
+        list_splits(DataConfig(write(files, tmp_path)))
 
 
 def test_columns_and_places_that_are_not_there(tmp_path):
     folder = write(as_parquet(), tmp_path)
     with pytest.raises(InputError, match=r"no column 'prompt' \(it has image, text, mask\)"):
-        list_units(DataConfig(folder, caption_key="prompt"))
+        list_splits(DataConfig(folder, caption_key="prompt"))
     with pytest.raises(InputError, match="does not exist"):
-        list_units(DataConfig(str(tmp_path / "nowhere")))
+        list_splits(DataConfig(str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="cannot be opened"):
-        list_units(DataConfig("nosuch://bucket/data"))
+        list_splits(DataConfig("nosuch://bucket/data"))
     with pytest.raises(ConfigError, match=r"'bukket' is unknown \(did you mean 'bucket'"):
         DataConfig(resize="bukket")
 
@@ -650,5 +650,5 @@ def test_buckets(area, step, aspect, width, height):
 
 
 def test_units_are_plain_data():
-    assert Unit("folder", "[]").digest == Unit("folder", "[]").digest
-    assert Unit("folder", "[]").digest != Unit("parquet", "[]").digest
+    assert SourceSplit("folder", "[]").digest == SourceSplit("folder", "[]").digest
+    assert SourceSplit("folder", "[]").digest != SourceSplit("parquet", "[]").digest

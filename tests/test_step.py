@@ -6,7 +6,7 @@ import torch
 
 from tests.students import make_batch, student
 from tinyflux.errors import InputError
-from tinyflux.model.guidance import latents_of, tokens
+from tinyflux.model.packing import pack_latents, unpack_latents
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.step import Draws, TrainBatch, training_loss
 from tinyflux.trainer.validation import HeldOut, validate
@@ -216,8 +216,8 @@ def test_the_velocitys_snr_weight_is_a_setting():
 
 def test_tokens_go_row_by_row_and_back():
     latents = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).float()
-    assert torch.equal(tokens(latents)[:, 7], latents[:, :, 1, 2])
-    assert torch.equal(latents_of(tokens(latents), 4, 5), latents)
+    assert torch.equal(pack_latents(latents)[:, 7], latents[:, :, 1, 2])
+    assert torch.equal(unpack_latents(pack_latents(latents), 4, 5), latents)
 
 
 def test_incomplete_batches_are_refused():

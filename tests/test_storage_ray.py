@@ -24,8 +24,8 @@ from tests.waiting import PATIENCE, wait_for
 from tests.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.config import WorkersConfig
-from tinyflux.serving.config import SampleConfig, ServeConfig
+from tinyflux.distributed.config import SampleConfig, WorkersConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import ImageEngine, ImageRequest
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.config import TrainerConfig

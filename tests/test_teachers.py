@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tinyflux.model.attention_stats import watched_attention
 from tinyflux.model.teachers import lune_features, sol_features
-from tinyflux.model.watched_attention import watched_attention
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -10,14 +10,14 @@ pytest.importorskip("deepspeed")
 from tests.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cli import run_job
+from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.train import _Job, _latest, check_places, check_same_stream, claimed
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import Contents, TrainerState, save_checkpoint
+from tinyflux.trainer.checkpoint import CheckpointData, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 
 
@@ -81,7 +81,7 @@ def checkpoint_at(root, step, damaged=False):
     model = TinyFluxDeep(student_config())
     weights = model.state_dict()
     path = root / "checkpoints" / f"step_{step:08d}"
-    save_checkpoint(path, Contents(model, weights, weights, 0.9, {}, TrainerState(step=step)))
+    save_checkpoint(path, CheckpointData(model, weights, weights, 0.9, {}, TrainerState(step=step)))
     if damaged:
         (path / "ema.safetensors").write_bytes(b"cut off")
 

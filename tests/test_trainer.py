@@ -21,6 +21,7 @@ from tests.students import MODEL, make_batch
 from tests.trainers import NULL_TEXT, Encodings, Features, make_trainer, settings, shadow, weights
 from tests.waiting import PATIENCE
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import (
     DatasetCache,
@@ -29,7 +30,7 @@ from tinyflux.trainer.cache_experts import (
     MultiSourceCache,
 )
 from tinyflux.trainer.checkpoint import (
-    Contents,
+    CheckpointData,
     latest_checkpoint,
     remove_partial,
     save_checkpoint,
@@ -37,7 +38,6 @@ from tinyflux.trainer.checkpoint import (
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.trainer.validation import HeldOut
 from tinyflux.trainer.writer import BackgroundWriter
@@ -194,7 +194,7 @@ def test_a_snapshot_is_written_as_the_run_stood_byte_for_byte(tmp_path):
     trainer.train()
     optimizer = trainer._engine.optimizer_state()
     weights, shadow = trainer.model.state_dict(), trainer.ema.shadow
-    contents = Contents(trainer.model, weights, shadow, 0.9, optimizer, trainer._state)
+    contents = CheckpointData(trainer.model, weights, shadow, 0.9, optimizer, trainer._state)
     snapshot = contents.snapshot()
     save_checkpoint(tmp_path / "now", contents)
     trainer.train()  # changes weights, EMA, optimizer state and step in place

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyflux.serving.turns import Turns
+from tinyflux.inference.scheduler import Scheduler
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ mixed = st.builds(Job, st.integers(0, 60), st.integers(1, 30), st.sampled_from("
 
 def run(jobs, max_batch, cost=lambda batch: 1.0):
     """Serve ``jobs``; the batches."""
-    turns, waiting, batches = Turns(max_batch), sorted(jobs, key=lambda job: job.arrival), []
+    turns, waiting, batches = Scheduler(max_batch), sorted(jobs, key=lambda job: job.arrival), []
     while waiting or len(turns):
         while waiting and (waiting[0].arrival <= len(batches) or not len(turns)):
             job = waiting.pop(0)
@@ -119,7 +119,7 @@ def test_a_size_that_comes_again_and_again_does_not_starve_the_others():
 
 @given(st.lists(mixed, min_size=2, max_size=12), st.integers(1, 3), st.data())
 def test_those_held_or_removed_take_no_turn(jobs, max_batch, data):
-    turns = Turns(max_batch)
+    turns = Scheduler(max_batch)
     for job in jobs:
         turns.add(job, job.size, job.work)
     held = data.draw(st.sets(st.sampled_from(jobs)))

@@ -174,7 +174,7 @@ PURE = [
     "tinyflux.trainer.losses",
     "tinyflux.trainer.schedules",
     "tinyflux.trainer.ema",
-    "tinyflux.trainer.sampling",
+    "tinyflux.inference.sampler",
     "tinyflux.trainer.step",
     "tinyflux.trainer.trainer",
 ]

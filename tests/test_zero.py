@@ -15,7 +15,12 @@ import torch.multiprocessing as mp
 from tests.students import MODEL, make_batch
 from tinyflux.errors import ConfigError
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint, save_checkpoint
+from tinyflux.trainer.checkpoint import (
+    CheckpointData,
+    TrainerState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
@@ -98,7 +103,7 @@ def worker(rank, world, port, arms, folder):
         if rank == 0:
             save_checkpoint(
                 folder / name,
-                Contents(engine.model, weights, shadow, ema.decay, optimizer, state),
+                CheckpointData(engine.model, weights, shadow, ema.decay, optimizer, state),
             )
     dist.destroy_process_group()
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from tinyflux.cli import main
+from tinyflux.cli.main import main
 
 sys.exit(main())

@@ -15,11 +15,10 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from jsonargparse.typing import register_type
 
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
-from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.config import ClusterConfig, SampleConfig, WorkersConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
-from tinyflux.plan.config import ClusterConfig
-from tinyflux.serving.config import SampleConfig, ServeConfig
+from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import config as plain
 from tinyflux.util.config import dtype_name, nearest, parse_dtype

@@ -39,12 +39,12 @@ from tinyflux.cache.manifest import (
     ShardInfo,
     sha256,
 )
-from tinyflux.cache.plan import PlannedShard, Rejected, plan_shards
+from tinyflux.cache.partition import PlannedShard, Rejected, plan_shards
 from tinyflux.cache.receipts import RECEIPT_FOLDER, Receipt, read_receipt, receipt_path
-from tinyflux.cache.reuse import FormerRows, Reused
+from tinyflux.cache.reuse import ReusableRows, Reused
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import is_whole, write_null_text
-from tinyflux.cache.sources import Unit, list_units
+from tinyflux.cache.sources import SourceSplit, list_splits
 from tinyflux.cache.store import Store, open_store
 from tinyflux.errors import CacheError, ConfigError, InputError
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
@@ -77,7 +77,7 @@ class BuildConfigs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Makers:
+class ModelFingerprints:
     """What the models are: their recipe, and the file of the empty caption's embedding."""
 
     recipe: Recipe
@@ -87,11 +87,11 @@ class Makers:
 class Runner(Protocol):
     """Does a build's work; the functions are below."""
 
-    def prepare(self) -> Callable[[], Makers]:
+    def prepare(self) -> Callable[[], ModelFingerprints]:
         """Start :func:`prepare`; the answer waits for it."""
         ...
 
-    def index(self, units: Sequence[Unit]) -> Iterable[None]:
+    def index(self, units: Sequence[SourceSplit]) -> Iterable[None]:
         """Index every unit; an item for each that is done."""
         ...
 
@@ -118,10 +118,10 @@ class LocalRunner:
     def _encoder(self) -> ShardEncoder:
         return self._configs.encoder()
 
-    def prepare(self) -> Callable[[], Makers]:
+    def prepare(self) -> Callable[[], ModelFingerprints]:
         return lambda: prepare(self._configs, self._encoder.extractor)
 
-    def index(self, units: Sequence[Unit]) -> Iterator[None]:
+    def index(self, units: Sequence[SourceSplit]) -> Iterator[None]:
         for unit in units:
             write_index(self._configs.store, self._configs.data, unit)
             yield
@@ -138,11 +138,11 @@ class LocalRunner:
         """The terminal's line is all there is."""
 
 
-def prepare(configs: BuildConfigs, extractor: Extractor) -> Makers:
+def prepare(configs: BuildConfigs, extractor: Extractor) -> ModelFingerprints:
     """Load the models, name them by their weights, and encode the empty caption."""
     recipe = extractor.recipe(mask=bool(configs.data.mask_key))
     path = f"null_text.{recipe.groups['text'].maker[:8]}.safetensors"
-    return Makers(recipe, write_null_text(configs.store, *extractor.null_text(), path))
+    return ModelFingerprints(recipe, write_null_text(configs.store, *extractor.null_text(), path))
 
 
 def measure_task(configs: BuildConfigs, task: ShardTask) -> Cost:
@@ -198,12 +198,12 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
 @contextmanager
 def _prepared(
     configs: BuildConfigs, runner: Runner
-) -> Iterator[tuple[list[Unit], Makers, list[PlannedShard], Rejected]]:
+) -> Iterator[tuple[list[SourceSplit], ModelFingerprints, list[PlannedShard], Rejected]]:
     """Index the pictures, look at the models and cut shards, with the directory locked."""
     data, store = configs.data, configs.store
     if not configs.cache.path:
         raise ConfigError("cache.path is not set: name the directory of the dataset")
-    units = list_units(data)
+    units = list_splits(data)
     try:
         with claim(store):
             makers = _index_and_prepare(configs, runner, units)
@@ -240,7 +240,9 @@ def claim(store: Store) -> Iterator[None]:
         yield
 
 
-def _index_and_prepare(configs: BuildConfigs, runner: Runner, units: list[Unit]) -> Makers:
+def _index_and_prepare(
+    configs: BuildConfigs, runner: Runner, units: list[SourceSplit]
+) -> ModelFingerprints:
     """Index the units that are not, and find out what the models are; both at once."""
     data, there = configs.data, configs.store.list(INDEX_FOLDER)
     missing = [unit for unit in units if index_path(data, unit) not in there]
@@ -276,14 +278,14 @@ def _signature(configs: BuildConfigs) -> str | None:
     return digest_of([sorted(files), made_with, to_dict(zoo), bool(configs.data.mask_key)])
 
 
-def _known_makers(configs: BuildConfigs) -> Makers | None:
+def _known_makers(configs: BuildConfigs) -> ModelFingerprints | None:
     """What an earlier run found out about these models, unless their files have changed."""
     try:
         record = json.loads(configs.store.read(MAKERS_NAME))
         signature = _signature(configs)
         if signature is None or record.pop("signature") != signature:
             return None
-        makers = from_dict(Makers, record, MAKERS_NAME)
+        makers = from_dict(ModelFingerprints, record, MAKERS_NAME)
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return None
     return makers if is_whole(configs.store, makers.null_text) else None
@@ -376,7 +378,7 @@ def describe_tasks(
         for group in lacking.get(shard.name, ())
         if receipt_path(shard.name, group, makers[group]) in there
     }
-    former = FormerRows(store, makers, {shard.name for shard in planned} - outdated)
+    former = ReusableRows(store, makers, {shard.name for shard in planned} - outdated)
     found = []
     for shard in planned:
         reused: dict[str, Reused] = {}
@@ -390,8 +392,8 @@ def describe_tasks(
 
 def _commit(
     configs: BuildConfigs,
-    makers: Makers,
-    units: Sequence[Unit],
+    makers: ModelFingerprints,
+    units: Sequence[SourceSplit],
     planned: Iterable[PlannedShard],
     receipts: Receipts,
     rejected: Rejected,

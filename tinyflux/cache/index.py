@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.keys import digest_of
-from tinyflux.cache.sources import RawPicture, Unit, decode_mask, decode_picture, read_unit
+from tinyflux.cache.sources import RawPicture, SourceSplit, decode_mask, decode_picture, read_split
 from tinyflux.cache.store import Store
 from tinyflux.errors import InputError
 from tinyflux.util.config import to_dict
@@ -36,21 +36,21 @@ _LATER = (
 )  # fmt: skip
 
 
-def index_path(data: DataConfig, unit: Unit) -> str:
+def index_path(data: DataConfig, unit: SourceSplit) -> str:
     """Where a unit's index belongs, relative to the dataset."""
     reading = {name: value for name, value in to_dict(data).items() if name not in _LATER}
     return f"{INDEX_FOLDER}/{digest_of([unit.digest, reading])}.parquet"
 
 
-def write_index(store: Store, data: DataConfig, unit: Unit) -> None:
+def write_index(store: Store, data: DataConfig, unit: SourceSplit) -> None:
     """Read every picture of ``unit`` and write its index."""
-    rows = [_entry(data, raw) for raw in read_unit(data, unit)]
+    rows = [_entry(data, raw) for raw in read_split(data, unit)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     store.write(index_path(data, unit), memoryview(sink.getvalue()))
 
 
-def read_index(store: Store, data: DataConfig, unit: Unit) -> pa.Table:
+def read_index(store: Store, data: DataConfig, unit: SourceSplit) -> pa.Table:
     """What :func:`write_index` wrote."""
     return pq.read_table(pa.BufferReader(store.read(index_path(data, unit))))
 

@@ -29,7 +29,7 @@ class Reused:
     rows: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-class FormerRows:
+class ReusableRows:
     """What files of shards that are no longer planned hold, by content.
 
     Args:

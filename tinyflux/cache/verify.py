@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import torch
 
 from tinyflux.cache.build import MAKERS_NAME
+from tinyflux.cache.key_set import KeySet
 from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo, sha256
 from tinyflux.cache.receipts import RECEIPT_FOLDER
 from tinyflux.cache.schema import DTYPE_FIELD, KEY, SHAPE_FIELD
-from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import ShardReader, finite_rows
 from tinyflux.cache.store import Store
 
@@ -42,7 +42,7 @@ def verify(store: Store, progress: Callable[[int, int], None] | None = None) -> 
     """
     manifest = Manifest.load(store)
     found: list[Problem] = []
-    seen = SeenKeys()
+    seen = KeySet()
     for number, shard in enumerate(manifest.shards, start=1):
         keys: list[str] | None = None
         for group, file in shard.files.items():

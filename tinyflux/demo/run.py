@@ -12,7 +12,7 @@ import httpx
 
 from tinyflux.config import RunConfig, load_run_config
 from tinyflux.errors import ConfigError
-from tinyflux.review.stages import QUIET, Stage, StageFailed, main_stages, run_stages
+from tinyflux.report.stages import QUIET, Stage, StageFailed, main_stages, run_stages
 from tinyflux.util.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]

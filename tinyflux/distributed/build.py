@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tinyflux.errors as errors
-from tinyflux.cache.build import BuildConfigs, Makers, build, estimate, measure_task, prepare
+from tinyflux.cache.build import (
+    BuildConfigs,
+    ModelFingerprints,
+    build,
+    estimate,
+    measure_task,
+    prepare,
+)
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import Cost, Estimate
 from tinyflux.cache.index import write_index
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.receipts import read_receipt
-from tinyflux.cache.sources import Unit
+from tinyflux.cache.sources import SourceSplit
 from tinyflux.distributed.metrics import Gauges
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
@@ -53,9 +60,9 @@ class RayRunner:
         self._configs, self._packed = configs, to_dict(configs)
         self._gauges = Gauges("cache", configs.store.name)
 
-    def prepare(self) -> Callable[[], Makers]:
+    def prepare(self) -> Callable[[], ModelFingerprints]:
         made = self._start(_prepare, self._packed)
-        return lambda: from_dict(Makers, made(), "the models' description")
+        return lambda: from_dict(ModelFingerprints, made(), "the models' description")
 
     def measure(self, task: ShardTask) -> Cost:
         made = self._start(_measure, self._packed, json.dumps(to_dict(task)))
@@ -70,7 +77,7 @@ class RayRunner:
         pending = task.remote(*arguments)
         return lambda: _made(ray.get(pending))
 
-    def index(self, units: Sequence[Unit]) -> Iterator[None]:
+    def index(self, units: Sequence[SourceSplit]) -> Iterator[None]:
         rows = [{"unit": json.dumps(to_dict(unit))} for unit in units]
         ray = _start_ray(self._configs.cache)
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -117,7 +124,7 @@ def _single(answer: dict[str, list[str]]) -> dict[str, str]:
 
 def _index(batch: dict[str, Any], packed: dict[str, Any]) -> dict[str, list[str]]:
     configs = _unpack(packed)
-    unit = from_dict(Unit, json.loads(str(batch["unit"][0])), "a unit")
+    unit = from_dict(SourceSplit, json.loads(str(batch["unit"][0])), "a unit")
     return _answer(lambda: write_index(configs.store, configs.data, unit))
 
 

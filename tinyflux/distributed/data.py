@@ -1,7 +1,7 @@
 """Which worker trains on which samples, and reading them.
 
 An optimizer step trains on the next ``batch_size`` positions of the run (see
-``tinyflux.distributed.order``), cut into neighbouring parts of nearly equal size for the workers
+``tinyflux.data.order``), cut into neighbouring parts of nearly equal size for the workers
 and their micro-batches.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinyflux.cache.mixture import CacheMixture
-from tinyflux.distributed.order import Rows, SampleOrder, Stream
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.order import Rows, SampleOrder, Stream
 from tinyflux.errors import ConfigError
 from tinyflux.model.experts import SolUnits
 from tinyflux.trainer.config import TrainerConfig

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from tinyflux import errors
 from tinyflux.cache.config import MixSource
-from tinyflux.cache.mixture import CacheMixture
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.data import (
     check_batch_size,
@@ -38,10 +38,11 @@ from tinyflux.distributed.data import (
     worker_steps,
 )
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
-from tinyflux.distributed.evaluation import Beside
+from tinyflux.distributed.evaluator import ActorEvaluator
 from tinyflux.distributed.metrics import RayMetrics
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import CheckpointError, ConfigError, TinyFluxError, TrainingError
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -66,7 +67,6 @@ from tinyflux.trainer.evaluation import Evaluator
 from tinyflux.trainer.loop import RunPaths, TrainLoop
 from tinyflux.trainer.metrics import best_record, read_metrics
 from tinyflux.trainer.prefetch import prefetch
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trackers import check_trackers
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import from_dict, to_dict
@@ -494,9 +494,9 @@ def _engine(job: _Job, model: TinyFluxDeep) -> Engine:
     return DeepSpeedEngine(model, job.trainer, job.workers.zero_stage, job.workers.offload)
 
 
-def _beside(job: _Job) -> Beside:
+def _beside(job: _Job) -> ActorEvaluator:
     workers = job.workers
-    return Beside(
+    return ActorEvaluator(
         partial(_evaluator, to_dict(job)),
         workers.evaluator_gpus if workers.use_gpu else 0.0,
         max(1, int(workers.cpus_per_worker)),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from tinyflux.model.watched_attention import watched_attention
+from tinyflux.model.attention_stats import watched_attention
 
 SPATIAL_SIZE = 8
 

@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from tinyflux.model.guidance import TextCondition, guided_velocity
+from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.model.model import TinyFluxConfig
 from tinyflux.model.text import Tokens, t5_embeddings, tokenize
-from tinyflux.trainer.schedules import shift_at
+from tinyflux.model.time_shift import shift_at
 
 logger = logging.getLogger(__name__)
 Callback = Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any]]

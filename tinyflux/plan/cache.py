@@ -17,11 +17,11 @@ from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
+from tinyflux.distributed.config import ClusterConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.teachers import SPATIAL_SIZE
 from tinyflux.plan import encoders
-from tinyflux.plan.config import ClusterConfig
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import dtype_name
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tinyflux.plan.config import Speed
+from tinyflux.distributed.config import Speed
 
 MEASURED_SIDE = 512
 

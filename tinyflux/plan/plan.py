@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinyflux.config import RunConfig
+from tinyflux.distributed.config import GB
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan, plan_cache
-from tinyflux.plan.config import GB
 from tinyflux.plan.training import TrainingPlan, plan_training
 from tinyflux.util.config import to_dict
 from tinyflux.util.text import duration, rounded, size

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from tinyflux.config import RunConfig
-from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.config import GB, ClusterConfig, WorkersConfig
 from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.memory import FP32, buffer_bytes, sent_bytes, worker_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan
-from tinyflux.plan.config import GB, ClusterConfig
 from tinyflux.plan.work import StepWork, calibrate, step_work
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.config import dtype_name

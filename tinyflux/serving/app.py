@@ -18,13 +18,13 @@ from ray import serve
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.config import ZooConfig
-from tinyflux.serving.api import make_api
-from tinyflux.serving.board import Board
+from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import ImageEngine
-from tinyflux.serving.keys import check_exposure, read_keys
-from tinyflux.serving.painter import Painter
-from tinyflux.serving.studio import Studio
+from tinyflux.serving.http.api import make_api
+from tinyflux.serving.http.auth import check_exposure, read_keys
+from tinyflux.serving.registry import ReplicaRegistry
+from tinyflux.serving.replica import EngineReplica
 from tinyflux.util.text import last_line
 
 APP_NAME = "tinyflux"
@@ -68,9 +68,9 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
     def api() -> FastAPI:
         app = serve.get_replica_context().app_name
         painters = {name: serve.get_deployment_handle(at(name), app) for name in names}
-        return make_api(Studio(config, painters, serve.get_deployment_handle("board", app)))
+        return make_api(EngineClient(config, painters, serve.get_deployment_handle("board", app)))
 
-    board = serve.deployment(Board).options(
+    board = serve.deployment(ReplicaRegistry).options(
         name="board",
         num_replicas=1,
         ray_actor_options=free,
@@ -79,7 +79,7 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
     )
     shared = board.bind(config)
     painters = [
-        serve.deployment(Painter)
+        serve.deployment(EngineReplica)
         .options(
             name=at(name),
             ray_actor_options={

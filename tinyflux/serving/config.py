@@ -1,4 +1,4 @@
-"""The ``serve`` and ``sample`` sections of a run file."""
+"""The ``serve`` section of a run file."""
 
 import math
 import re
@@ -139,48 +139,3 @@ class ServeConfig:
                 f"serve.default_steps {self.default_steps} is over serve.max_steps "
                 f"{self.max_steps}: lower the one or raise the other"
             )
-
-
-@dataclass
-class SampleConfig:
-    """What to draw.
-
-    Attributes:
-        prompts: The prompts, one picture each.
-        prompts_file: More prompts: one per line of a text file, or of a ``.jsonl`` file with
-            settings of their own.
-        num_steps: Denoising steps of a picture.
-        guidance_scale: Scale of classifier-free guidance; 1 is without.
-        height: Height in latents; a picture is the VAE's downscale times larger.
-        width: Width in latents.
-        seed: The i-th prompt uses ``seed + i``.
-        negative_prompt: What pictures should not show; guidance leads away from it.
-        checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
-            ``final``.
-        output_dir: Where pictures are written, a directory or a URL; None is ``drawn`` in the run
-            directory.
-        batch_size: Pictures drawn at once.
-        num_actors: Number of processes that draw.
-        cpus_per_actor: CPUs that Ray reserves for each of them.
-        gpus_per_actor: GPUs that Ray reserves for each of them; 0 draws on CPUs.
-    """
-
-    prompts: list[str] = field(default_factory=list)
-    prompts_file: str | None = None
-    num_steps: int = 28
-    guidance_scale: float = 5.0
-    height: int = 64
-    width: int = 64
-    seed: int = 0
-    negative_prompt: str = ""
-    checkpoint: str | None = None
-    output_dir: str | None = None
-    batch_size: int = 16
-    num_actors: int = 1
-    cpus_per_actor: float = 1.0
-    gpus_per_actor: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_actors"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sample.{name} must be at least 1, not {getattr(self, name)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyflux.distributed.weights import load_student
 from tinyflux.errors import (
     CheckpointError,
     ConfigError,
@@ -18,24 +19,23 @@ from tinyflux.errors import (
     ServingError,
     TinyFluxError,
 )
-from tinyflux.model.config import ZooConfig
-from tinyflux.model.guidance import TextCondition, guided_velocity
-from tinyflux.model.model import TinyFluxDeep
-from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.pictures import png_bytes
-from tinyflux.serving.prompts import PromptCache
-from tinyflux.serving.tickets import Finished, ImageRequest, Progress, Ticket
-from tinyflux.serving.turns import Turns
-from tinyflux.serving.weights import load_student
-from tinyflux.trainer.sampling import (
+from tinyflux.inference.guidance import TextCondition, guided_velocity
+from tinyflux.inference.prompt_cache import PromptCache
+from tinyflux.inference.request import Finished, ImageRequest, Progress, RequestHandle
+from tinyflux.inference.sampler import (
     check_request,
     initial_noise,
     sample_times,
 )
-from tinyflux.trainer.solvers import Trajectory, check_solver, evaluations_per_step
+from tinyflux.inference.scheduler import Scheduler
+from tinyflux.inference.solvers import Trajectory, check_solver, evaluations_per_step
+from tinyflux.model.config import ZooConfig
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.serving.config import ServeConfig
 from tinyflux.util.device import resolve_device
+from tinyflux.util.images import png_bytes
 
-__all__ = ["Finished", "ImageEngine", "ImageRequest", "Progress", "Ticket"]
+__all__ = ["Finished", "ImageEngine", "ImageRequest", "Progress", "RequestHandle"]
 
 # Previews of one request that may wait for the decoder: beyond that the request waits for them.
 MAX_PREVIEWS = 2
@@ -58,7 +58,7 @@ class _Sample:
     request: ImageRequest
     model: TinyFluxDeep
     weights: int
-    ticket: Ticket = dataclasses.field(init=False)
+    ticket: RequestHandle = dataclasses.field(init=False)
     path: Trajectory = dataclasses.field(init=False)
     cond: TextCondition = dataclasses.field(init=False)
     uncond: TextCondition | None = None
@@ -68,13 +68,14 @@ class _Sample:
 
 
 class ImageEngine:
-    """Draws many requests at once, each as :class:`~tinyflux.trainer.sampling.Sampler` would.
+    """Draws many requests at once, each as :class:`~tinyflux.inference.sampler.Sampler` would.
 
-    One thread runs the denoising loop: it asks :class:`~tinyflux.serving.turns.Turns` whose turn
-    it is, runs one forward for up to ``max_batch`` pictures of one size, each at its own time with
-    its own solver, prompt and guidance, and asks again. So requests join and leave between steps,
-    sizes take turns, and a short request passes long ones. Prompts are encoded in a second thread
-    and latents decoded in a third, on streams of their own on a GPU.
+    One thread runs the denoising loop: it asks the
+    :class:`~tinyflux.inference.scheduler.Scheduler` whose turn it is, runs one forward for up to
+    ``max_batch`` pictures of one size, each at its own time with its own solver, prompt and
+    guidance, and asks again. So requests join and leave between steps, sizes take turns, and a
+    short request passes long ones. Prompts are encoded in a second thread and latents decoded in
+    a third, on streams of their own on a GPU.
 
     An error of one request's encoding or decoding is that request's alone, and a forward that
     finds no memory is its batch's. Any other error of the loop ends it: every ticket fails, and
@@ -103,7 +104,7 @@ class ImageEngine:
         self._prompts = PromptCache(self._zoo, config.prompt_cache, self._device, self._dtype)
 
         self._changed = threading.Condition()  # guards all below
-        self._turns: Turns[_Sample] = Turns(config.max_batch)
+        self._turns: Scheduler[_Sample] = Scheduler(config.max_batch)
         self._open: dict[_Sample, None] = {}  # accepted and not ended, in order of arrival
         self._batch: list[_Sample] = []
         self._closed = False
@@ -178,7 +179,7 @@ class ImageEngine:
                 "serve.default_steps and serve.default_guidance within the server's limits"
             ) from error
 
-    def submit(self, request: ImageRequest) -> Ticket:
+    def submit(self, request: ImageRequest) -> RequestHandle:
         """Accept a request; does not wait for anything.
 
         Raises:
@@ -200,7 +201,7 @@ class ImageEngine:
                     seconds,
                 )
             sample = _Sample(request, self._model, self._weights)
-            sample.ticket = Ticket(lambda: self._cancel(sample))
+            sample.ticket = RequestHandle(lambda: self._cancel(sample))
             sample.evaluations = request.num_steps * evaluations_per_step(request.solver)
             self._open[sample] = None
             self._encoder.submit(self._encode, sample)
@@ -210,7 +211,7 @@ class ImageEngine:
         """The picture as PNG.
 
         Raises:
-            TinyFluxError: as :meth:`submit` and :meth:`Ticket.result`.
+            TinyFluxError: as :meth:`submit` and :meth:`RequestHandle.result`.
         """
         return png_bytes(self.submit(request).result())
 

@@ -90,7 +90,7 @@ class Checkpoint:
 
 
 @dataclass
-class Contents:
+class CheckpointData:
     """What a checkpoint is written from.
 
     Attributes:
@@ -106,7 +106,7 @@ class Contents:
     optimizer: Mapping[str, Tensor]
     state: TrainerState
 
-    def snapshot(self) -> "Contents":
+    def snapshot(self) -> "CheckpointData":
         """Copies on the CPU, which stay as they are while the run goes on."""
         return replace(
             self,
@@ -117,7 +117,7 @@ class Contents:
         )
 
 
-def save_checkpoint(directory: str | os.PathLike[str], contents: Contents) -> None:
+def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData) -> None:
     """Write a whole checkpoint or, on an error, nothing.
 
     Raises:

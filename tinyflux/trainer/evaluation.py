@@ -6,16 +6,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import autocast
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.validation import HeldOut, validate
 
 
 @dataclass(frozen=True)
-class Look:
+class EvaluationRequest:
     """What to look at.
 
     Attributes:
@@ -48,7 +48,7 @@ class Evaluations(Protocol):
     """Where a training loop has its weights looked at."""
 
     def submit(
-        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
     ) -> None:
         """Look at these whole tensors, the model's and the EMA's; they may change afterwards."""
 
@@ -78,7 +78,7 @@ class Evaluator:
         self._t_buckets = t_buckets.to(self._device)
         self._held_out, self._sampler = held_out, sampler
 
-    def look(self, look: Look) -> Evaluation:
+    def look(self, look: EvaluationRequest) -> Evaluation:
         """Neither the weights nor any random state are changed."""
         values: dict[str, float] = {}
         if look.validate and self._held_out is not None and self._held_out.batches:
@@ -103,7 +103,7 @@ class Evaluator:
         )
 
 
-class Within:
+class InlineEvaluator:
     """Evaluations in the training process, on its own model and EMA, while training waits."""
 
     def __init__(self, evaluator: Evaluator):
@@ -111,7 +111,7 @@ class Within:
         self._done: list[Evaluation] = []
 
     def submit(
-        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
     ) -> None:
         self._done.append(self._evaluator.look(look))
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tinyflux.errors import TrainingError
+from tinyflux.inference.sampler import image_grid, sample_path, write_samples
 from tinyflux.trainer.checkpoint import (
-    Contents,
+    CheckpointData,
     TrainerState,
     epoch_directory,
     prune,
@@ -27,9 +28,8 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
-from tinyflux.trainer.evaluation import Evaluations, Look
+from tinyflux.trainer.evaluation import EvaluationRequest, Evaluations
 from tinyflux.trainer.metrics import MetricLog
-from tinyflux.trainer.sampling import image_grid, sample_path, write_samples
 from tinyflux.trainer.sharding import rank_and_world
 from tinyflux.trainer.step import TrainBatch, training_loss
 from tinyflux.trainer.trackers import Tracker, open_trackers
@@ -289,7 +289,9 @@ class TrainLoop:
         else:
             path, keep = epoch_directory(root, self.state.epoch), self.config.keep_last_n_epochs
         state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
-        contents = Contents(self.engine.model, weights, shadow, self.ema.decay, optimizer, state)
+        contents = CheckpointData(
+            self.engine.model, weights, shadow, self.ema.decay, optimizer, state
+        )
         uploader = self._uploader if upload else None
         if self._writer is None:
             self._write(path, contents, keep, uploader)
@@ -297,7 +299,9 @@ class TrainLoop:
             write = partial(self._write, path, contents.snapshot(), keep, uploader)
             self._writer.submit(write)
 
-    def _write(self, path: Path, contents: Contents, keep: int, uploader: Uploader | None) -> None:
+    def _write(
+        self, path: Path, contents: CheckpointData, keep: int, uploader: Uploader | None
+    ) -> None:
         save_checkpoint(path, contents)
         prune(path, keep)
         if uploader is not None:
@@ -335,7 +339,9 @@ class TrainLoop:
         weights, shadow = self.whole_weights()
         if self.evaluations is None or weights is None or shadow is None:
             return
-        self.evaluations.submit(Look(self.state.step, validate, draw, self._grid), weights, shadow)
+        self.evaluations.submit(
+            EvaluationRequest(self.state.step, validate, draw, self._grid), weights, shadow
+        )
 
     def _take_evaluations(self, wait: bool = False) -> None:
         """Log what has been found."""

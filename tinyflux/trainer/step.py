@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tinyflux.errors import InputError
 from tinyflux.model.experts import SolUnits
-from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.packing import pack_latents
+from tinyflux.model.time_shift import shift_at
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import SampleDropout
 from tinyflux.trainer.losses import (
@@ -24,12 +25,7 @@ from tinyflux.trainer.losses import (
     compute_sol_loss,
     min_snr_weight,
 )
-from tinyflux.trainer.schedules import (
-    get_lune_weight,
-    get_sol_weight,
-    shift_at,
-    timesteps_from_normal,
-)
+from tinyflux.trainer.schedules import get_lune_weight, get_sol_weight, timesteps_from_normal
 from tinyflux.util.buckets import interpolate_buckets
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import generator, randn_for
@@ -217,7 +213,7 @@ def training_loss(
 
     grid = batch.grid
     pred, experts = (velocity or model)(
-        tokens(flow_x_t(data, noise, t)),
+        pack_latents(flow_x_t(data, noise, t)),
         t5,
         pooled,
         t,
@@ -232,7 +228,7 @@ def training_loss(
     )
     main = compute_main_loss(
         pred,
-        tokens(flow_velocity(data, noise)),
+        pack_latents(flow_velocity(data, noise)),
         mask=batch.mask,
         spatial_weights=teachers.importance() if config.use_spatial_weighting else None,
         use_huber=config.use_huber_loss,

@@ -71,10 +71,10 @@ def open_trackers(
         "wandb": lambda: WeightsAndBiases(run_dir, project, settings),
         "mlflow": lambda: MLflow(run_dir, project, settings),
     }
-    return [Harmless(name, makers[name]) for name in names]
+    return [SafeTracker(name, makers[name]) for name in names]
 
 
-class Harmless:
+class SafeTracker:
     """A tracker whose first failure is logged and ends it: training is worth more than its plot."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]):

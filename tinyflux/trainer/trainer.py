@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 from tinyflux.errors import InputError, TrainingError
-from tinyflux.trainer.checkpoint import Contents, TrainerState, load_checkpoint, save_checkpoint
+from tinyflux.inference.sampler import Sampler
+from tinyflux.trainer.checkpoint import (
+    CheckpointData,
+    TrainerState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.evaluation import Evaluator, Within
+from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
 from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
-from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.step import SOL_SAMPLES, TrainBatch, as_module
 from tinyflux.trainer.validation import HeldOut
 from tinyflux.util.buckets import default_buckets
@@ -126,7 +131,7 @@ class Trainer:
             ),
             null_text,
             buckets,
-            Within(Evaluator(self.model, self._ema, config, buckets, held_out, sampler)),
+            InlineEvaluator(Evaluator(self.model, self._ema, config, buckets, held_out, sampler)),
         )
 
     def _measure_sol(self, cache: FeatureSource | None) -> None:
@@ -172,7 +177,7 @@ class Trainer:
         optimizer = self._engine.optimizer_state() or {}
         weights, shadow = self.model.state_dict(), self._ema.shadow
         save_checkpoint(
-            path, Contents(self.model, weights, shadow, self._ema.decay, optimizer, state)
+            path, CheckpointData(self.model, weights, shadow, self._ema.decay, optimizer, state)
         )
 
     def load_checkpoint(self, path: str) -> None:

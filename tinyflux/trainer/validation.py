@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tinyflux.model.experts import SolUnits
-from tinyflux.model.guidance import tokens
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import pack_latents
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
@@ -95,7 +95,7 @@ def _losses(
             t = torch.full((len(batch),), time, device=device)
             teachers = teacher_features(batch, model.config, config, t, t_buckets)
             pred, experts = velocity(
-                tokens(flow_x_t(data, noise, t)),
+                pack_latents(flow_x_t(data, noise, t)),
                 batch.t5_embeds.float(),
                 batch.clip_pooled.float(),
                 t,
@@ -103,7 +103,9 @@ def _losses(
                 return_expert_pred=True,
                 grid=grid,
             )
-            main = compute_main_loss(pred, tokens(flow_velocity(data, noise)), use_huber=False)
+            main = compute_main_loss(
+                pred, pack_latents(flow_velocity(data, noise)), use_huber=False
+            )
             lune, sol = distillation_losses(experts, teachers, config, units, t)
             has_lune |= teachers.lune is not None
             has_sol |= teachers.sol_stats is not None

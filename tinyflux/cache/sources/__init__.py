@@ -2,19 +2,25 @@
 
 from tinyflux.cache.sources.pictures import decode_mask, decode_picture, fit_mask, fit_picture
 from tinyflux.cache.sources.sizes import choose_size, size_buckets, size_problem
-from tinyflux.cache.sources.units import RawPicture, Unit, list_units, open_pictures, read_unit
+from tinyflux.cache.sources.splits import (
+    RawPicture,
+    SourceSplit,
+    list_splits,
+    open_pictures,
+    read_split,
+)
 
 __all__ = [
     "RawPicture",
-    "Unit",
+    "SourceSplit",
     "choose_size",
     "decode_mask",
     "decode_picture",
     "fit_mask",
     "fit_picture",
-    "list_units",
+    "list_splits",
     "open_pictures",
-    "read_unit",
+    "read_split",
     "size_buckets",
     "size_problem",
 ]

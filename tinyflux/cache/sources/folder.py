@@ -71,7 +71,7 @@ def _ends_unit(path: str, pictures: int) -> bool:
 
 
 def read(data: DataConfig, part: list[dict[str, Any]]) -> Iterator[RawPicture]:
-    """See :func:`tinyflux.cache.sources.units.read_unit`."""
+    """See :func:`tinyflux.cache.sources.splits.read_split`."""
     place = open_place(data.folder, data.follow_links)
     for entry in part:
         try:

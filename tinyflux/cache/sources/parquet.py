@@ -66,7 +66,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
-    """See :func:`tinyflux.cache.sources.units.read_unit`.
+    """See :func:`tinyflux.cache.sources.splits.read_split`.
 
     Raises:
         InputError: the row group is damaged.

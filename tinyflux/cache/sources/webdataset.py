@@ -29,7 +29,7 @@ def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[Any]]:
 
 
 def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
-    """See :func:`tinyflux.cache.sources.units.read_unit`.
+    """See :func:`tinyflux.cache.sources.splits.read_split`.
 
     Raises:
         InputError: the tar is damaged; how many pictures are lost in it cannot be known.

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.mixture import CacheMixture
 from tinyflux.config import RunConfig
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.data import read_held_out
 from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.inference.sampler import Sampler, decode
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.serving.pictures import png_bytes
 from tinyflux.storage.mirror import working_copy
-from tinyflux.trainer.sampling import Sampler, decode
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
+from tinyflux.util.images import png_bytes
 from tinyflux.util.urls import join
 
 PROMPTS = 64

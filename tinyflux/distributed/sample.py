@@ -23,19 +23,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tinyflux import errors
+from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.prompt_file import Wish, read_wishes
 from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.weights import load_student
 from tinyflux.errors import ConfigError, TinyFluxError
+from tinyflux.inference.sampler import Sampler, image_grid
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.text import CutTokens
-from tinyflux.serving.config import SampleConfig
-from tinyflux.serving.pictures import png_bytes
-from tinyflux.serving.prompt_file import Wish, read_wishes
-from tinyflux.serving.weights import load_student
 from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_folder
-from tinyflux.trainer.sampling import Sampler, image_grid
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
+from tinyflux.util.images import png_bytes
 
 GRID = 64  # pictures of it
 

@@ -13,8 +13,8 @@ from ray.serve.exceptions import RayServeException
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
+from tinyflux.serving.http.errors import ApiError
 from tinyflux.serving.metrics import PictureMetrics
-from tinyflux.serving.refusals import ApiError
 
 # A picture that is lost with its replica is drawn again; one that kills replicas is not for ever.
 MAX_TRIES = 3
@@ -23,13 +23,13 @@ READY_SECONDS = 2.0
 logger = logging.getLogger("ray.serve")
 
 
-class Studio:
+class EngineClient:
     """Draws with whichever replica has room.
 
     Args:
-        painters: handles of :class:`~tinyflux.serving.painter.Painter` by model; the first is
+        painters: handles of :class:`~tinyflux.serving.replica.EngineReplica` by model; the first is
             for requests that name none.
-        board: the handle of :class:`~tinyflux.serving.board.Board`.
+        board: the handle of :class:`~tinyflux.serving.registry.Board`.
     """
 
     def __init__(self, config: ServeConfig, painters: dict[str, Any], board: Any):

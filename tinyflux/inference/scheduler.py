@@ -58,7 +58,7 @@ class _Size(Generic[T]):
         return [item for item, place in self.places.items() if not place.held]
 
 
-class Turns(Generic[T]):
+class Scheduler(Generic[T]):
     """Samples that want evaluations, and whose turn it is. Not thread-safe.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 LARGEST_RUN = 2**24
 
 
-class SeenKeys:
+class KeySet:
     """A set of keys (32 hex digits) in 16 bytes each; a Python set needs some 200.
 
     Keys lie in sorted runs, as in a log-structured merge tree: a batch is a run, and runs of like

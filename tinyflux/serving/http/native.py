@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinyflux.serving.client import EngineClient
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
-from tinyflux.serving.fields import MAX_SEED, MOST, Count, Solver, Text
-from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
-from tinyflux.serving.sse import SSE_HEADERS, server_sent
-from tinyflux.serving.studio import Studio
-from tinyflux.serving.truncation import DOCUMENTED, truncation_fields, truncation_headers
+from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
+from tinyflux.serving.http.schemas import MAX_SEED, MOST, Count, Solver, Text
+from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
+from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
 
 
 class GenerateBody(BaseModel):
@@ -55,7 +55,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def native_routes(studio: Studio) -> APIRouter:
+def native_routes(studio: EngineClient) -> APIRouter:
     """Everything that OpenAI's API has no word for."""
     routes, config = APIRouter(tags=["TinyFlux"]), studio.config
 
@@ -141,7 +141,7 @@ def native_routes(studio: Studio) -> APIRouter:
     return routes
 
 
-def _request(studio: Studio, body: GenerateBody) -> ImageRequest:
+def _request(studio: EngineClient, body: GenerateBody) -> ImageRequest:
     config = studio.config
     values = body.model_dump(exclude={"model"}, exclude_none=True)
     return ImageRequest(

@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.model.model import TinyFluxDeep
-
-
-def tokens(latents: Tensor) -> Tensor:
-    """``[B, C, H, W]`` to ``[B, H * W, C]``, row by row."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def latents_of(image_tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of :func:`tokens`."""
-    return image_tokens.transpose(1, 2).unflatten(2, (height, width))
+from tinyflux.model.packing import pack_latents, unpack_latents
 
 
 @dataclass
@@ -51,7 +42,7 @@ def guided_velocity(
     """
     batch, _, height, width = x.shape
     t5, pooled = cond.t5, cond.pooled
-    inputs, times = tokens(x), t
+    inputs, times = pack_latents(x), t
     if uncond is not None:
         guided = uncond.t5.shape[0]
         inputs, times = torch.cat([inputs, inputs[:guided]]), torch.cat([t, t[:guided]])
@@ -62,4 +53,4 @@ def guided_velocity(
         v, v_uncond = v[:batch], v[batch:]
         scale = torch.as_tensor(guidance, dtype=v.dtype, device=v.device).reshape(-1, 1, 1)
         v = torch.cat([v_uncond + scale * (v[:guided] - v_uncond), v[guided:]])
-    return latents_of(v, height, width)
+    return unpack_latents(v, height, width)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyflux.errors import InputError
-from tinyflux.trainer.sampling import check_request
+from tinyflux.inference.sampler import check_request
 from tinyflux.util.config import nearest
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from ray import serve
 
+from tinyflux.distributed.weights import signature
 from tinyflux.errors import InputError, OverloadedError, ServingError, TinyFluxError
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
 from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
 from tinyflux.serving.metrics import EngineMetrics
-from tinyflux.serving.pictures import png_bytes
-from tinyflux.serving.weights import signature
+from tinyflux.util.images import png_bytes
 from tinyflux.util.urls import is_url
 
 REPORT_SECONDS = 1.0
@@ -28,14 +28,14 @@ BROKEN_SECONDS = 6.0
 logger = logging.getLogger("ray.serve")
 
 
-class Painter:
+class EngineReplica:
     """One model's engine in a Ray Serve replica.
 
     Args:
         name: the model's, as requests say it.
         checkpoint: what it serves; read again when the board calls for it, or when it changes
             and ``config.watch_checkpoint`` is set.
-        board: the handle of :class:`~tinyflux.serving.board.Board`.
+        board: the handle of :class:`~tinyflux.serving.registry.Board`.
     """
 
     def __init__(self, config: ServeConfig, zoo: ZooConfig, name: str, checkpoint: str, board: Any):

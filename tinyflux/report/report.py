@@ -13,7 +13,7 @@ from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.errors import MissingDependencyError, TinyFluxError
-from tinyflux.review.stages import RECORD
+from tinyflux.report.stages import RECORD
 from tinyflux.storage.mirror import working_copy
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.errors import TrainingError
-from tinyflux.trainer.evaluation import Evaluation, Evaluator, Look
+from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest, Evaluator
 from tinyflux.util.device import resolve_device
 from tinyflux.util.text import last_line
 
@@ -22,7 +22,7 @@ START_SECONDS = 1200.0
 logger = logging.getLogger(__name__)
 
 
-class Beside:
+class ActorEvaluator:
     """Has an actor look at the weights while training goes on.
 
     One look is under way at a time: the next waits for it, so that what is asked for cannot pile
@@ -66,7 +66,7 @@ class Beside:
             ) from None
 
     def submit(
-        self, look: Look, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
     ) -> None:
         """Copy the tensors and have them looked at."""
         self._done += self.take(wait=True)
@@ -122,7 +122,10 @@ class _Actor:
         self._evaluator = self._make(self._device)
 
     def look(
-        self, look: Look, weights: Mapping[str, np.ndarray], shadow: Mapping[str, np.ndarray]
+        self,
+        look: EvaluationRequest,
+        weights: Mapping[str, np.ndarray],
+        shadow: Mapping[str, np.ndarray],
     ) -> Evaluation:
         """Look at these weights."""
         if self._evaluator is None:  # the actor was made anew

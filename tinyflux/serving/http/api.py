@@ -5,16 +5,16 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 
 import tinyflux
-from tinyflux.serving.guard import Guard
-from tinyflux.serving.keys import read_keys
-from tinyflux.serving.native import native_routes
-from tinyflux.serving.openai import openai_routes
-from tinyflux.serving.page import page_routes
-from tinyflux.serving.refusals import ERRORS, answer_mistakes
-from tinyflux.serving.studio import Studio
+from tinyflux.serving.client import EngineClient
+from tinyflux.serving.http.auth import read_keys
+from tinyflux.serving.http.errors import ERRORS, answer_mistakes
+from tinyflux.serving.http.middleware import RequestGuard
+from tinyflux.serving.http.native import native_routes
+from tinyflux.serving.http.openai import openai_routes
+from tinyflux.serving.http.page import page_routes
 
 
-def make_api(studio: Studio) -> FastAPI:
+def make_api(studio: EngineClient) -> FastAPI:
     """Routes, errors and limits around ``studio``; ``/docs`` needs nothing from elsewhere."""
     api = FastAPIOffline(
         title="TinyFlux",
@@ -23,7 +23,9 @@ def make_api(studio: Studio) -> FastAPI:
         redoc_url=None,
     )
     answer_mistakes(api)
-    api.add_middleware(Guard, config=studio.config, keys=read_keys(studio.config.api_keys_file))
+    api.add_middleware(
+        RequestGuard, config=studio.config, keys=read_keys(studio.config.api_keys_file)
+    )
     # Only told here, for the pages at /docs; the guard is what checks.
     bearer = [Security(HTTPBearer(auto_error=False))] if studio.config.api_keys_file else []
     api.include_router(openai_routes(studio), dependencies=bearer, responses=ERRORS)

@@ -14,13 +14,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinyflux.serving.client import EngineClient
 from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Drawn, Event, Step
-from tinyflux.serving.fields import MAX_SEED, Count, Solver, Text
-from tinyflux.serving.refusals import BODY_ERRORS, ApiError, errors_of
-from tinyflux.serving.sse import SSE_HEADERS, server_sent
-from tinyflux.serving.studio import Studio
-from tinyflux.serving.truncation import DOCUMENTED, truncation_fields, truncation_headers
+from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
+from tinyflux.serving.http.schemas import MAX_SEED, Count, Solver, Text
+from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
+from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
@@ -59,7 +59,7 @@ _PICTURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_routes(studio: Studio) -> APIRouter:
+def openai_routes(studio: EngineClient) -> APIRouter:
     """``/v1``: models, pictures, and the pictures that are kept for ``url``."""
     routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), studio.config, _now()
 
@@ -128,7 +128,7 @@ def openai_routes(studio: Studio) -> APIRouter:
     return routes
 
 
-def _requests(studio: Studio, body: ImagesBody, count: int) -> list[ImageRequest]:
+def _requests(studio: EngineClient, body: ImagesBody, count: int) -> list[ImageRequest]:
     config = studio.config
     width = height = config.default_size
     if body.size not in (None, "auto"):

@@ -8,9 +8,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.keys import Keys, is_loopback
+from tinyflux.serving.http.auth import ApiKeys, is_loopback
+from tinyflux.serving.http.errors import ApiError, shown
 from tinyflux.serving.metrics import RequestMetrics
-from tinyflux.serving.refusals import ApiError, shown
 
 # Open to everyone: no pictures are drawn there, and a kept picture's name is its own secret.
 _OPEN = ("/page/", "/static-offline-docs/", "/v1/images/files/")
@@ -26,13 +26,13 @@ _HEADERS = {
 _MAX_DIGITS = 18  # of a Content-Length; servers refuse more before it comes here
 
 
-class Guard:
+class RequestGuard:
     """ASGI middleware that refuses before a body is read, or while it does not come.
 
     ``HEAD`` is answered as ``GET``, without the body.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, keys: Keys):
+    def __init__(self, app: ASGIApp, config: ServeConfig, keys: ApiKeys):
         self._app, self._config, self._keys = app, config, keys
         self._names = KnownNames(config) if _checks_names(config) else None
         self._metrics = RequestMetrics()

@@ -22,7 +22,7 @@ class Report:
     at: float
 
 
-class Board:
+class ReplicaRegistry:
     """One actor for the whole application; all of it is in memory and bounded.
 
     Pictures are kept under names that cannot be guessed, ``keep_pictures`` at most and

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tinyflux.model.guidance import TextCondition
+from tinyflux.inference.guidance import TextCondition
 from tinyflux.model.text import CutTokens
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ class Finished:
     image: Tensor
 
 
-class Ticket:
+class RequestHandle:
     """A request that an engine has accepted. Thread-safe; one reader of :meth:`events`.
 
     Attributes:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from tinyflux.cache.config import DataConfig
+from tinyflux.cache.key_set import KeySet
 from tinyflux.cache.keys import Size, digest_of, sample_key
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
-from tinyflux.cache.seen import SeenKeys
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import choose_size, size_problem
 from tinyflux.cache.store import Store
@@ -88,7 +88,7 @@ def _ends_shard(key: str, rows: int, most: int) -> bool:
 def _samples(
     data: DataConfig, tables: Iterable[pa.Table], rejected: Rejected
 ) -> Iterator[tuple[Size, Row]]:
-    known = SeenKeys()
+    known = KeySet()
     for table in tables:
         found: list[tuple[Size, Row]] = []
         for entry in table.to_pylist():

@@ -15,7 +15,7 @@ from tinyflux.errors import InputError
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceSplit:
     """Some pictures of a source: a few hundred files, a tar, or a row group.
 
     Attributes:
@@ -45,7 +45,7 @@ _FORMATS = {
 }
 
 
-def list_units(data: DataConfig) -> list[Unit]:
+def list_splits(data: DataConfig) -> list[SourceSplit]:
     """What there is, in a fixed order. Pictures are not opened.
 
     Raises:
@@ -64,14 +64,14 @@ def list_units(data: DataConfig) -> list[Unit]:
                 f"'{data.folder}' holds {' and '.join(found)} data: set data.format to one of them"
             )
         kind = found[0] if found else "folder"
-    units = [Unit(kind, json.dumps(part)) for part in _FORMATS[kind].parts(data, files)]
+    units = [SourceSplit(kind, json.dumps(part)) for part in _FORMATS[kind].parts(data, files)]
     if not units:
         suffixes = ", ".join(_FORMATS[kind].suffixes)
         raise InputError(f"'{data.folder}' holds no pictures: there are no {suffixes} files")
     return units
 
 
-def read_unit(data: DataConfig, unit: Unit) -> Iterator[RawPicture]:
+def read_split(data: DataConfig, unit: SourceSplit) -> Iterator[RawPicture]:
     """Every picture of a unit, in order. What is wrong with one is told by its ``reason``.
 
     Raises:

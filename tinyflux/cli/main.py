@@ -18,7 +18,7 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 
 
 def _cache(arguments: Sequence[str]) -> None:
-    from tinyflux.cache_cli import cache
+    from tinyflux.cli.cache import cache
 
     cache(arguments)
 
@@ -37,7 +37,7 @@ def _sample(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
 
     run = parse_run_config(arguments, "tinyflux sample")
-    from tinyflux.serving.batch import sample_prompts
+    from tinyflux.distributed.sample import sample_prompts
 
     sample_prompts(run.sample, run.zoo)
 
@@ -116,7 +116,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
 
     run = parse_run_config(arguments, "tinyflux evaluate")
-    from tinyflux.review.evaluate import evaluate
+    from tinyflux.report.evaluate import evaluate
 
     print(evaluate(run))
 
@@ -125,7 +125,7 @@ def _report(arguments: Sequence[str]) -> None:
     from tinyflux.config import parse_run_config
 
     run = parse_run_config(arguments, "tinyflux report")
-    from tinyflux.review.report import write_report
+    from tinyflux.report.report import write_report
 
     print(write_report(run))
 
@@ -133,7 +133,7 @@ def _report(arguments: Sequence[str]) -> None:
 def _run(arguments: Sequence[str]) -> None:
     what = "Cache, train, evaluate and report, as one file says; what is done is not done again."
     file, rest = _first("tinyflux run FILE", arguments, "which run", what)
-    from tinyflux.review.stages import run_file
+    from tinyflux.report.stages import run_file
 
     print(run_file([file, *rest]))
 

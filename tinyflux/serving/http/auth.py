@@ -11,7 +11,7 @@ from tinyflux.serving.config import ServeConfig
 MIN_KEY = 16  # characters
 
 
-class Keys:
+class ApiKeys:
     """The keys of a server; without any, everyone who can reach it may ask."""
 
     def __init__(self, digests: list[bytes]):
@@ -33,14 +33,14 @@ class Keys:
         return found and scheme.lower() == "bearer"
 
 
-def read_keys(path: str | None) -> Keys:
+def read_keys(path: str | None) -> ApiKeys:
     """The keys in a file, one a line; empty lines and lines that begin with ``#`` are none.
 
     Raises:
         ConfigError: the file cannot be read, has no key, or one that is too short.
     """
     if path is None:
-        return Keys([])
+        return ApiKeys([])
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def read_keys(path: str | None) -> Keys:
             f"serve.api_keys_file '{path}' has a key of less than {MIN_KEY} characters: make keys "
             "with `openssl rand -hex 24`"
         )
-    return Keys([hashlib.sha256(key.encode()).digest() for key in keys])
+    return ApiKeys([hashlib.sha256(key.encode()).digest() for key in keys])
 
 
 def is_loopback(host: str) -> bool:

@@ -1,0 +1,1 @@
+"""Which sample a run reads at which position, without Ray."""
