@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.ray_head import Cluster, running_cluster
+from tests.fixtures.ray_head import Cluster, running_cluster
 
 hypothesis.settings.register_profile(
     "tinyflux", deadline=None, derandomize=True, max_examples=30, database=None

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.ray_head import ENVIRONMENT, RAY, ROOT, free_ports, wait_for
-from tests.worlds import make_world, student_config, write_pictures, zoo_config
+from tests.fixtures.ray_head import ENVIRONMENT, RAY, ROOT, free_ports, wait_for
+from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
 
 pytest.importorskip("ray")
 

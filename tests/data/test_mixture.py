@@ -1,0 +1,112 @@
+"""Several caches trained on as one."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
+from tinyflux.errors import CacheError, ConfigError
+from tinyflux.model.experts import SolUnits
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.step import training_loss
+
+CONFIG = TrainerConfig(batch_size=8, gradient_accumulation=2, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """One with both teachers, and a smaller one without, of which half is wide."""
+    folder = tmp_path_factory.mktemp("mixture")
+    zoo, model = zoo_config(make_world(folder / "world")), student_config()
+    paths = []
+    for name, seed, captions, teachers in (
+        ("taught", 1, [*CAPTIONS] * 3, True),
+        ("plain", 2, CAPTIONS, False),
+    ):
+        pictures = write_pictures(folder / f"{name}-pictures", captions, seed=seed)
+        data = DataConfig(str(pictures), height=16, width=16)
+        cache = CacheConfig(str(folder / name), extract_lune=teachers, extract_sol=teachers)
+        configs = BuildConfigs(data, zoo, cache, model)
+        build(configs, LocalRunner(configs))
+        paths.append(cache.path)
+    return [MixSource(paths[0], 1.0), MixSource(paths[1], 3.0)]
+
+
+def test_samples_without_a_teacher_say_so_and_the_others_are_as_they_were(caches):
+    both = CacheMixture(caches)
+    first, second = both.caches
+    assert len(both) == len(first) + len(second)
+    rows = [len(first) + 1, 0, len(first), 2]
+    data = both.read(rows)
+    assert data["lune_mask"].tolist() == data["sol_mask"].tolist() == [False, True, False, True]
+    taught, plain = first.read([0, 2]), second.read([1, 0])
+    for name, tensor in taught.items():
+        assert torch.equal(data[name][[1, 3]], tensor)
+    for name, tensor in plain.items():
+        assert torch.equal(data[name][[0, 2]], tensor)
+    assert not data["lune"][[0, 2]].any()
+
+
+def test_a_run_on_a_mixture_gets_its_weights_and_trains(caches):
+    both = CacheMixture(caches)
+    held_out = both.held_out(0.2)
+    assert 0 < held_out.sum() < len(both)
+    model = TinyFluxDeep(student_config()).train()
+    seen = []
+    for item in islice(worker_steps(both, held_out, CONFIG, 0, 1, 0), 6):
+        assert item.size == sum(map(len, item.micro_batches)) == 8
+        taught = torch.cat([batch.lune_mask for batch in item.micro_batches])
+        assert taught.sum() == 2  # of 8, with weights 1 and 3
+        for batch in item.micro_batches:
+            loss = training_loss(model, batch, CONFIG, 3, both.null_text, both.t_buckets)
+            assert loss.total.isfinite()
+        seen.append(item.micro_batches[0].positions[0].item())
+    assert seen == [0, 8, 16, 24, 32, 40]
+    validated = read_held_out(both, held_out)
+    assert sum(map(len, validated.keys)) == held_out.sum()
+
+
+def test_a_run_measures_sol_on_the_rows_that_it_trains_on(caches):
+    both = CacheMixture(caches)
+    held_out = both.held_out(0.2)
+    first, plain = both.rows_of(0), both.rows_of(1)
+    taught = CacheMixture(caches[:1])
+    everything, units, mixed, nothing = (SolUnits(8, 4) for _ in range(4))
+    rows = np.flatnonzero(~held_out[: len(first)]).tolist()
+    sol = taught.read(rows, groups=("sol",))
+    assert sol.keys() == {"sol_stats", "sol_spatial"}
+    everything.measure(sol["sol_stats"], sol["sol_spatial"], taught.t_buckets)
+    # One batch is all rows once, in another order.
+    whole = replace(CONFIG, batch_size=len(rows))
+    measure_sol(units, taught, held_out[first.start : first.stop], whole)
+    torch.testing.assert_close(units.state_dict(), everything.state_dict(), rtol=1e-4, atol=1e-6)
+    # Samples without Sol are left out, not counted as zeros.
+    measure_sol(mixed, both, held_out, CONFIG)
+    assert mixed.map_mean.mean().item() == pytest.approx(1, rel=1e-3)
+    measure_sol(nothing, CacheMixture(caches[1:]), held_out[plain.start : plain.stop], CONFIG)
+    assert not nothing.measured
+
+
+def test_the_split_of_a_cache_is_the_same_alone_and_in_a_mixture(caches):
+    both, alone = CacheMixture(caches), CacheMixture(caches[:1])
+    assert np.array_equal(both.held_out(0.3)[: len(alone)], alone.held_out(0.3))
+    assert not both.held_out(0.0).any()
+
+
+def test_a_cache_that_does_not_fit_is_named(caches):
+    both = CacheMixture(caches)
+    both.check(student_config(), True, True)
+    with pytest.raises(CacheError, match=r"taught.*t5_layers"):
+        both.check(student_config(t5_layers=(2,)), True, True)
+    with pytest.raises(CacheError, match=r"plain.*no lune"):
+        CacheMixture(caches[1:]).check(student_config(), True, True)
+    with pytest.raises(ConfigError, match="weight of cache 'x' must be above 0"):
+        replace(caches[0], path="x", weight=0.0)

@@ -1,0 +1,530 @@
+import asyncio
+import contextlib
+import io
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.fixtures import waiting
+from tests.fixtures.worlds import CAPTIONS, make_world, student_config, zoo_config
+from tinyflux.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    OverloadedError,
+    ServingError,
+)
+from tinyflux.inference.sampler import Sampler
+from tinyflux.model.loader import load_model, save_model
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.text import READ_WHOLE
+from tinyflux.serving.app import run_server
+from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest, Progress
+
+STEP = 4  # the toy VAE's downscale
+TIMEOUT = waiting.PATIENCE
+
+
+def save_student(folder, seed, **changes):
+    """A student with open gates, so that prompt, time and seed show."""
+    torch.manual_seed(seed)
+    model = TinyFluxDeep(student_config(timestep_shift=2.0, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+    return str(save_model(model, folder))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    make_world(folder / "world")
+    save_student(folder / "model", 0)
+    save_student(folder / "newer", 1)
+    return folder
+
+
+@contextlib.contextmanager
+def opened(place, **changes):
+    values = {"max_batch": 3, "max_steps": 60, "max_height": 8, "max_width": 8, **changes}
+    config = ServeConfig(checkpoint=str(place / "model"), **values)
+    engine = ImageEngine(config, zoo_config(place / "world"))
+    try:
+        yield engine
+    finally:
+        engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def engine(place):
+    with opened(place) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """What the sampler draws for a request, by itself."""
+    zoo, samplers = zoo_config(place / "world"), {}
+
+    def draw(request, checkpoint="model"):
+        if checkpoint not in samplers:
+            model = load_model(place / checkpoint, device="cpu", dtype=torch.float32)
+            samplers[checkpoint] = Sampler(zoo.build(model.config), model, None, "cpu", zoo.dtype)
+        return samplers[checkpoint].generate(
+            [request.prompt],
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            height=request.height // STEP,
+            width=request.width // STEP,
+            seed=request.seed,
+            negative_prompt=request.negative_prompt,
+            solver=request.solver,
+        )[0]
+
+    return draw
+
+
+def request(**changes) -> ImageRequest:
+    values = {
+        "prompt": "red circle",
+        "negative_prompt": "",
+        "num_steps": 3,
+        "guidance_scale": 2.0,
+        "height": 16,
+        "width": 24,
+        "seed": 3,
+    }
+    return ImageRequest(**{**values, **changes})
+
+
+def long(**changes) -> ImageRequest:
+    return request(**{"num_steps": 50, **changes})
+
+
+def same(picture, other):
+    torch.testing.assert_close(picture, other, rtol=1e-3, atol=1e-4)
+
+
+async def collect(ticket):
+    return [event async for event in ticket.events()]
+
+
+def wait_for(condition):
+    waiting.wait_for(condition, every=0.002)
+
+
+class Gate:
+    """Lets a call of a real function pass only when told to."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.open, self.calls = threading.Event(), 0
+        real = getattr(owner, name)
+
+        def gated(*args, **kwargs):
+            self.calls += 1
+            assert self.open.wait(TIMEOUT)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, gated)
+
+
+requests = st.builds(
+    request,
+    prompt=st.sampled_from(CAPTIONS),
+    negative_prompt=st.sampled_from(["", "blue square"]),
+    num_steps=st.integers(1, 9),
+    guidance_scale=st.sampled_from([1.0, 2.0, 4.5, 0.0]),
+    height=st.sampled_from([8, 16]),
+    width=st.sampled_from([8, 24]),
+    seed=st.integers(0, 5),
+    solver=st.sampled_from(["euler", "heun", "multistep"]),
+    preview_every=st.sampled_from([0, 0, 1, 2]),
+)
+# A request, the pause before it in milliseconds, and whether it is cancelled after it.
+arrivals = st.tuples(
+    requests, st.sampled_from([0, 0, 2, 10]), st.sampled_from([False] * 3 + [True])
+)
+
+
+@settings(max_examples=20)
+@given(st.lists(arrivals, min_size=1, max_size=10))
+def test_a_picture_does_not_depend_on_who_shares_its_batch(engine, alone, arrivals):
+    tickets = []
+    for wanted, pause, given_up in arrivals:
+        time.sleep(pause / 1000)
+        tickets.append((wanted, engine.submit(wanted), given_up))
+        if given_up:
+            tickets[-1][1].cancel()
+    for wanted, ticket, given_up in tickets:
+        if given_up:
+            with contextlib.suppress(ServingError):
+                same(ticket.result(TIMEOUT), alone(wanted))
+        else:
+            same(ticket.result(TIMEOUT), alone(wanted))
+
+
+def test_the_comparison_would_see_another_picture(alone):
+    for changes in ({"seed": 4}, {"solver": "heun"}, {"guidance_scale": 2.5}, {"num_steps": 4}):
+        with pytest.raises(AssertionError):
+            same(alone(request(**changes)), alone(request()))
+
+
+def test_a_picture_comes_as_png_too(engine):
+    assert Image.open(io.BytesIO(engine.generate(request()))).size == (24, 16)
+
+
+def test_steps_and_previews_are_told_in_order(engine):
+    ticket = engine.submit(request(num_steps=7, preview_every=3, solver="heun"))
+    *steps, last = asyncio.run(collect(ticket))
+    assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(event.total == 7 for event in steps)
+    previews = {event.step: event.preview for event in steps if event.preview is not None}
+    assert list(previews) == [3, 6]
+    for picture in (*previews.values(), last.image):
+        assert picture.shape == (3, 16, 24)
+        assert 0 <= picture.min() <= picture.max() <= 1
+    same(last.image, ticket.result(0))
+    # The nearer the end, the more it looks like the picture.
+    far = [(preview - last.image).abs().mean() for preview in previews.values()]
+    assert far[1] < far[0]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_a_short_request_of_any_size_passes_long_ones(place, max_batch):
+    with opened(place, max_batch=max_batch) as engine:
+        others = [engine.submit(long(seed=seed)) for seed in range(4)]
+        wait_for(lambda: engine.stats()["steps"] > 3)
+        for width in (24, 16):
+            engine.submit(request(num_steps=2, width=width)).result(TIMEOUT)
+            assert not any(other.ended for other in others)
+        for other in others:
+            other.result(TIMEOUT)
+
+
+def test_long_requests_of_two_sizes_go_on_side_by_side(place):
+    async def both(engine):
+        tickets, seen, first = [engine.submit(long(width=width)) for width in (8, 24)], [0, 0], []
+
+        async def watch(index):
+            async for event in tickets[index].events():
+                if isinstance(event, Progress):
+                    seen[index] = event.step
+            first.append(min(seen))
+
+        await asyncio.gather(watch(0), watch(1))
+        return first[0]
+
+    with opened(place, max_batch=1) as engine:
+        engine.generate(request())
+        assert asyncio.run(both(engine)) > 5  # steps of the slower when the faster was done
+
+
+def test_requests_share_forwards(place):
+    with opened(place, max_batch=8) as engine:
+        engine.generate(request())
+        before = engine.stats()["steps"]
+        tickets = [engine.submit(long(seed=seed)) for seed in range(8)]
+        for ticket in tickets:
+            ticket.result(TIMEOUT)
+        assert engine.stats()["steps"] - before < 2 * 50
+
+
+def test_guidance_is_one_forward_and_one_row_without_it(place, monkeypatch):
+    rows = []
+    forward = TinyFluxDeep.forward
+
+    def watched(self, hidden_states, *args, **kwargs):
+        rows.append(hidden_states.shape[0])
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(TinyFluxDeep, "forward", watched)
+    with opened(place) as engine:
+        engine.generate(request(num_steps=2))
+        assert rows == [2, 2]
+        engine.generate(request(num_steps=2, guidance_scale=1.0))
+        assert rows == [2, 2, 1, 1]
+
+
+def test_what_is_not_read_of_a_prompt_is_told_with_its_picture(place):
+    with opened(place) as engine:
+        short = engine.submit(request())
+        long = engine.submit(request(prompt="red " * 100, negative_prompt="blue " * 9))
+        again = engine.submit(request(prompt="red " * 100, negative_prompt="blue " * 99,
+                                      guidance_scale=1.0))  # fmt: skip
+        for ticket in (short, long, again):
+            ticket.result(TIMEOUT)
+        assert (short.cut, short.negative_cut) == (READ_WHOLE, READ_WHOLE)
+        cut = engine._zoo.cut_tokens(["red " * 100, "blue " * 9])
+        assert cut[0] == (70, 277)
+        assert cut[1].clip == 0 < cut[1].t5
+        assert [long.cut, long.negative_cut] == cut
+        assert (again.cut, again.negative_cut) == (cut[0], READ_WHOLE)  # not used, so not cut
+
+
+def test_prompts_are_encoded_once_and_the_oldest_forgotten(place):
+    with opened(place, prompt_cache=2) as engine:
+        encoded = []
+        real = engine._zoo.encode_prompts_batched
+
+        def watched(prompts, **options):
+            encoded.extend(prompts)
+            return real(prompts, **options)
+
+        engine._zoo.encode_prompts_batched = watched
+        for prompt in ("red circle", "red circle", "blue square", "blue square", "red circle"):
+            engine.generate(request(prompt=prompt, num_steps=1))
+        # The negative prompt "" is used by all, so it stays; of the others one fits beside it.
+        assert encoded == ["red circle", "", "blue square", "red circle"]
+        assert engine.stats()["cached_prompts"] == 2
+
+
+def test_a_cancelled_request_frees_its_place_at_the_next_step(place):
+    with opened(place, max_batch=1, max_queue=0) as engine:
+        ticket = engine.submit(long(num_steps=60))
+        with pytest.raises(OverloadedError):
+            engine.submit(request())
+        wait_for(lambda: engine.stats()["steps"] > 2)
+        ticket.cancel()
+        ticket.cancel()
+        steps = engine.stats()["steps"]
+        engine.submit(request(num_steps=1)).result(TIMEOUT)
+        assert engine.stats()["steps"] <= steps + 2
+        with pytest.raises(ServingError, match="cancelled"):
+            ticket.result(TIMEOUT)
+        with pytest.raises(ServingError, match="cancelled"):
+            asyncio.run(collect(ticket))
+
+
+def test_cancelling_what_is_drawn_changes_nothing(engine):
+    ticket = engine.submit(request())
+    picture = ticket.result(TIMEOUT)
+    ticket.cancel()
+    assert ticket.result(0) is picture
+
+
+def test_a_full_queue_refuses_and_what_was_accepted_is_drawn(place, alone):
+    with opened(place, max_batch=2, max_queue=3) as engine:
+        tickets = [engine.submit(long(seed=seed)) for seed in range(5)]
+        with pytest.raises(OverloadedError, match="5 pictures") as refused:
+            engine.submit(request())
+        assert refused.value.retry_after > 0
+        assert engine.stats()["queue_length"] >= 3
+        for seed, ticket in enumerate(tickets):
+            same(ticket.result(TIMEOUT), alone(long(seed=seed)))
+        engine.submit(request()).result(TIMEOUT)
+
+
+def test_encoding_and_decoding_do_not_stall_the_loop(place, monkeypatch):
+    with opened(place, max_batch=4) as engine:
+        engine.generate(request())
+        encode = Gate(monkeypatch, engine._zoo, "encode_prompts_batched")
+        first = engine.submit(long())  # its prompts are known
+        waits = engine.submit(request(prompt="green heart"))
+        wait_for(lambda: encode.calls)
+        first.result(TIMEOUT)
+        encode.open.set()
+        waits.result(TIMEOUT)
+
+        decode = Gate(monkeypatch, engine._zoo, "decode_latents")
+        before = engine.stats()["steps"]
+        tickets = [engine.submit(request(seed=seed, num_steps=seed)) for seed in (1, 9)]
+        wait_for(lambda: decode.calls and engine.stats()["steps"] - before >= 9)
+        assert not any(ticket.ended for ticket in tickets)
+        decode.open.set()
+        for ticket in tickets:
+            ticket.result(TIMEOUT)
+
+
+def test_a_request_waits_for_its_own_previews_and_for_no_other(place, monkeypatch):
+    with opened(place, max_batch=4) as engine:
+        engine.generate(request())
+        decode = Gate(monkeypatch, engine._zoo, "decode_latents")
+        wait_for(lambda: engine.stats()["batch_size"] == 0)  # its last step is counted
+        before = engine.stats()["steps"]
+        eager = engine.submit(request(num_steps=40, preview_every=1, width=8))
+        wait_for(lambda: engine.stats()["steps"] == before + 2)
+        patient = engine.submit(request(num_steps=30))
+        wait_for(lambda: engine.stats()["steps"] == before + 32)
+        time.sleep(0.05)
+        assert engine.stats()["steps"] == before + 32
+        decode.open.set()
+        events = asyncio.run(collect(eager))
+        previews = [event for event in events[:-2] if event.preview is not None]
+        assert len(previews) == 39
+        patient.result(TIMEOUT)
+
+
+def test_an_error_of_one_request_is_its_own(place, alone, monkeypatch):
+    with opened(place, max_batch=4) as engine:
+        beside = engine.submit(long())
+        encode = engine._zoo.encode_prompts_batched
+
+        def choosy(prompts, *args, **kwargs):
+            if prompts == ["blue"]:
+                raise InputError("not blue")
+            return encode(prompts, *args, **kwargs)
+
+        monkeypatch.setattr(engine._zoo, "encode_prompts_batched", choosy)
+        with pytest.raises(InputError, match="not blue"):
+            engine.submit(request(prompt="blue")).result(TIMEOUT)
+        real = engine._zoo.decode_latents
+
+        def broken(latents, shift=None):
+            if latents.shape[-1] == 2:
+                raise RuntimeError("no such width")
+            return real(latents, shift=shift)
+
+        monkeypatch.setattr(engine._zoo, "decode_latents", broken)
+        with pytest.raises(ServingError, match=r"it was decoded.*no such width"):
+            engine.submit(request(width=8)).result(TIMEOUT)
+        with pytest.raises(ServingError, match=r"a preview was decoded.*no such width"):
+            engine.submit(request(width=8, preview_every=1)).result(TIMEOUT)
+        same(beside.result(TIMEOUT), alone(long()))
+        engine.check_health()
+
+
+def test_a_batch_that_finds_no_memory_fails_alone(place, monkeypatch):
+    with opened(place) as engine:
+        forward = TinyFluxDeep.forward
+
+        def narrow(self, hidden_states, *args, **kwargs):
+            if hidden_states.shape[1] > 16:
+                raise torch.OutOfMemoryError("too wide")
+            return forward(self, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(TinyFluxDeep, "forward", narrow)
+        beside = engine.submit(long(width=8))
+        with pytest.raises(ServingError, match="too wide"):
+            engine.submit(request()).result(TIMEOUT)
+        beside.result(TIMEOUT)
+        engine.check_health()
+
+
+def test_a_dead_loop_fails_every_ticket(place, monkeypatch):
+    with opened(place, max_batch=2) as engine:
+        engine.generate(request())
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("device lost")
+
+        tickets = [engine.submit(long(seed=seed)) for seed in range(5)]
+        monkeypatch.setattr(TinyFluxDeep, "forward", broken)
+        for ticket in tickets:
+            with pytest.raises(ServingError, match="device lost"):
+                ticket.result(TIMEOUT)
+        with pytest.raises(ServingError, match="device lost"):
+            engine.submit(request())
+        with pytest.raises(ServingError, match="device lost"):
+            engine.check_health()
+        engine.close()
+
+
+def test_a_swap_draws_new_requests_with_new_weights_and_drops_none(place, alone):
+    with opened(place) as engine:
+        before = engine.submit(long())
+        wait_for(lambda: engine.stats()["steps"] > 2)
+        engine.swap(str(place / "newer"))
+        after = engine.submit(long())
+        same(before.result(TIMEOUT), alone(long()))
+        same(after.result(TIMEOUT), alone(long(), "newer"))
+        with pytest.raises(AssertionError):
+            same(alone(long()), alone(long(), "newer"))
+
+
+def test_a_swap_to_what_does_not_fit_changes_nothing(place, tmp_path, alone):
+    other = save_student(tmp_path / "other", 2, sol_hidden_dim=8)
+    with opened(place) as engine:
+        with pytest.raises(CheckpointError, match="differs in sol_hidden_dim"):
+            engine.swap(other)
+        with pytest.raises(CheckpointError):
+            engine.swap(str(tmp_path / "nowhere"))
+        same(engine.submit(request()).result(TIMEOUT), alone(request()))
+
+
+def test_closing_finishes_what_was_accepted_unless_told_otherwise(place):
+    with opened(place) as engine:
+        tickets = [engine.submit(request(seed=seed)) for seed in range(6)]
+        engine.close()
+        assert all(ticket.result(0).shape == (3, 16, 24) for ticket in tickets)
+        with pytest.raises(ServingError, match="closed"):
+            engine.submit(request())
+        with pytest.raises(ServingError, match="closed"):
+            engine.check_health()
+    with opened(place) as engine:
+        tickets = [engine.submit(long(seed=seed)) for seed in range(6)]
+        engine.close(drain=False)
+        for ticket in tickets:
+            with pytest.raises(ServingError, match="closed before"):
+                ticket.result(0)
+
+
+def test_a_result_that_is_late_still_comes(engine):
+    ticket = engine.submit(long())
+    with pytest.raises(TimeoutError):
+        ticket.result(0.0)
+    ticket.result(TIMEOUT)
+
+
+def test_a_reader_that_goes_away_disturbs_nothing(engine):
+    async def peek(ticket):
+        events = ticket.events()
+        first = await anext(events)
+        await events.aclose()
+        return first
+
+    ticket = engine.submit(long())
+    assert isinstance(asyncio.run(peek(ticket)), Progress)
+    *steps, last = asyncio.run(collect(ticket))
+    assert isinstance(last, Finished)
+    assert steps[-1].step == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"negative_prompt": "a" * 1001}, "negative_prompt has 1001 characters"),
+        ({"num_steps": 61}, "num_steps must be from 1 to 60"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"seed": -1}, "a seed must be"),
+        ({"solver": "ddim"}, "solver must be one of"),
+        ({"preview_every": -1}, "preview_every must be 0 or more"),
+        ({"width": 0}, "width must be a multiple of 4"),
+    ],
+)
+def test_absurd_requests_are_refused_at_once(engine, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        engine.submit(request(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"max_batch": 0}, {"max_queue": -1}, {"prompt_cache": -1}])
+def test_absurd_limits_are_refused(place, changes):
+    with (
+        pytest.raises(ConfigError, match=f"serve.{next(iter(changes))} must be"),
+        opened(place, **changes),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"default_size": 512}, "multiple of 4 from 4 to 32 pixels, not 512"),
+        ({"default_size": 18}, "not 18"),
+        ({"default_steps": 61}, r"serve\.default_steps 61 is over serve\.max_steps 60"),
+    ],
+)
+def test_a_server_whose_defaults_it_would_refuse_does_not_start(place, settings, message):
+    config = ServeConfig(
+        checkpoint=str(place / "model"),
+        **{"max_steps": 60, "max_height": 8, "max_width": 8, "default_size": 16, **settings},
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_server(config, zoo_config(place / "world"))
