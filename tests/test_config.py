@@ -154,7 +154,7 @@ def test_settings_are_read_without_the_machinery(code):
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
 
 
-@pytest.mark.parametrize("package", ["cache", "distributed", "model", "plan", "serving"])
+@pytest.mark.parametrize("package", ["cache", "distributed", "model", "serving"])
 def test_a_sections_module_needs_errors_and_util_alone(package):
     path = Path(__file__).parents[1] / "tinyflux" / package / "config.py"
     needed = {node.module for node in ast.parse(path.read_text()).body

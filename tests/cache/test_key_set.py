@@ -6,7 +6,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyflux.cache import seen
+from tinyflux.cache import key_set
 from tinyflux.cache.key_set import KeySet
 
 # Half of them begin as another does.
@@ -27,7 +27,7 @@ def test_a_key_is_known_from_its_second_time_on(batches):
 
 
 def test_runs_that_are_not_merged_are_searched_too(monkeypatch):
-    monkeypatch.setattr(seen, "LARGEST_RUN", 64)
+    monkeypatch.setattr(key_set, "LARGEST_RUN", 64)
     numbers = random.Random(0)
     every = [f"{numbers.getrandbits(128):032x}" for _ in range(1000)]
     keys = KeySet()

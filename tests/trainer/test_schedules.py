@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyflux.errors import ConfigError
+from tinyflux.model.time_shift import shift_at
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import (
     constant_with_warmup,
@@ -16,7 +17,6 @@ from tinyflux.trainer.schedules import (
     get_sol_weight,
     linear_decay,
     sample_timesteps,
-    shift_at,
     warmup,
 )
 

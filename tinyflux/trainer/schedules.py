@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from tinyflux.errors import ConfigError
-from tinyflux.model.time_shift import flux_shift
+
+# The API has these here.
+from tinyflux.model.time_shift import flux_shift as flux_shift
+from tinyflux.model.time_shift import flux_unshift as flux_unshift
 
 
 def sample_timesteps(
