@@ -258,7 +258,7 @@ def test_a_failing_storage_costs_no_picture(kind, tmp_path, monkeypatch):
             raise OSError("the network is down")
 
     failing = filesystem.Place(fs.PyFileSystem(fs.FSSpecHandler(Failing())), "/data")
-    for module in ("folder", "webdataset", "parquet", "units"):
+    for module in ("folder", "webdataset", "parquet", "splits"):
         monkeypatch.setattr(f"tinyflux.cache.sources.{module}.open_place", lambda *_: failing)
     with pytest.raises(InputError, match=r"cannot be read now \(the network is down"):
         list(read_split(data, units[0]))
