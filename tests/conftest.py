@@ -13,11 +13,15 @@ import pytest
 import torch
 
 from tests.fixtures.ray_head import Cluster, running_cluster
+from tinyflux.util.logging import log_to_console
 
 hypothesis.settings.register_profile(
     "tinyflux", deadline=None, derandomize=True, max_examples=30, database=None
 )
 hypothesis.settings.load_profile("tinyflux")
+
+# As in every process of the command line: `capsys` sees the library's lines.
+log_to_console()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

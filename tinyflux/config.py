@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
+from tinyflux import run_dir
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.distributed.config import ClusterConfig, SampleConfig, WorkersConfig
 from tinyflux.errors import ConfigError
@@ -112,7 +113,7 @@ def keep_run_config(run: RunConfig) -> None:
     from tinyflux.storage.remote import open_folder
 
     try:
-        open_folder(run.run_dir).write("config.yaml", _yaml(run))
+        open_folder(run.run_dir).write(run_dir.CONFIG, _yaml(run))
     except OSError as error:
         raise ConfigError(
             f"run_dir '{run.run_dir}' cannot be written: {first_line(error)}"
@@ -215,9 +216,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _resolve_paths(run: RunConfig) -> None:
     run.run_dir = _resolved_folder(run.run_dir)
-    final = join(run.run_dir, "final")
+    final = join(run.run_dir, run_dir.FINAL)
     run.sample.checkpoint = run.sample.checkpoint or final
-    run.sample.output_dir = run.sample.output_dir or join(run.run_dir, "drawn")
+    run.sample.output_dir = run.sample.output_dir or join(run.run_dir, run_dir.DRAWN)
     if not run.serve.models:
         run.serve.checkpoint = run.serve.checkpoint or final
     for section, name in (

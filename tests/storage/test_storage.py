@@ -18,11 +18,11 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config
+from tinyflux.distributed.mirror import Mirror, working_copy
 from tinyflux.distributed.weights import signature
 from tinyflux.errors import CacheError, ConfigError, StorageError
 from tinyflux.storage import copies, remote
 from tinyflux.storage.copies import copy_of, fetch
-from tinyflux.storage.mirror import Mirror, working_copy
 from tinyflux.storage.remote import RemoteFolder, open_folder
 from tinyflux.util.urls import join
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tinyflux
 from tinyflux.errors import ConfigError, TinyFluxError
+from tinyflux.util.logging import log_to_console
 
 SETTINGS_HELP = "Settings are listed by `tinyflux train --help`."
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
@@ -200,6 +201,7 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     # Workers' lines pass through here; in a pipe or a file they would wait for a full block.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
+    log_to_console()
     try:
         COMMANDS[name][1](sys.argv[1:] if arguments is None else arguments)
     except TinyFluxError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from tinyflux import run_dir as names
 from tinyflux.config import RunConfig, load_run_config
 from tinyflux.errors import ConfigError
 from tinyflux.report.stages import QUIET, Stage, StageFailed, main_stages, run_stages
@@ -77,7 +78,7 @@ def run_demo(fresh: bool) -> Path:
     started = time.monotonic()
     run_stages(stages(run), run, ROOT)
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. The report:", flush=True)
-    return run_dir / "report.html"
+    return run_dir / names.REPORT
 
 
 def _serve_and_ask(stage: Stage, run: RunConfig) -> None:
@@ -116,9 +117,9 @@ def _serve_and_ask(stage: Stage, run: RunConfig) -> None:
         seconds = time.monotonic() - asked
         if answer.status_code != 200:
             raise StageFailed(f"the server answered {answer.status_code}: {answer.text:.300}")
-        atomic_write(Path(run.run_dir) / "served.png", answer.content)
+        atomic_write(Path(run.run_dir) / names.SERVED_PICTURE, answer.content)
         served = {"prompt": SERVE_PROMPT, "seconds": round(seconds, 2)}
-        atomic_write(Path(run.run_dir) / "served.json", json.dumps(served).encode())
+        atomic_write(Path(run.run_dir) / names.SERVED, json.dumps(served).encode())
         print(f"asked {address}/generate for '{SERVE_PROMPT}': a picture in {seconds:.2f} s")
     finally:
         server.terminate()

@@ -40,15 +40,16 @@ from tinyflux.distributed.data import (
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluator import ActorEvaluator
 from tinyflux.distributed.metrics import RayMetrics
+from tinyflux.distributed.mirror import Mirror
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import CheckpointError, ConfigError, TinyFluxError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.run_dir import CHECKPOINTS
 from tinyflux.storage.copies import fetch, local_directory
 from tinyflux.storage.folder import Folder
-from tinyflux.storage.mirror import CHECKPOINTS, Mirror
 from tinyflux.storage.remote import RemoteFolder, open_folder
 from tinyflux.trainer.card import model_card
 from tinyflux.trainer.checkpoint import (

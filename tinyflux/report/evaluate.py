@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from pathlib import Path
@@ -16,20 +17,24 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.config import RunConfig
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.data import read_held_out
+from tinyflux.distributed.mirror import working_copy
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.inference.sampler import Sampler, decode
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.storage.mirror import working_copy
+from tinyflux.run_dir import EVALUATION, EVALUATION_PICTURES, FINAL
 from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.images import png_bytes
+from tinyflux.util.logging import log_to_console
 from tinyflux.util.urls import join
 
 PROMPTS = 64
+
+logger = logging.getLogger(__name__)
 
 
 def nearest_share(pictures: Tensor, references: Tensor) -> dict[str, float]:
@@ -64,10 +69,11 @@ def evaluate(run: RunConfig) -> str:
         ray.get(task.remote(to_dict(run)))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return join(run.run_dir, "evaluation.json")
+    return join(run.run_dir, EVALUATION)
 
 
 def _evaluate(packed: dict[str, Any]) -> None:
+    log_to_console()
     run = from_dict(RunConfig, packed, "the run")
     with working_copy(run.run_dir) as run_dir:
         _evaluate_in(run_dir, run)
@@ -75,7 +81,7 @@ def _evaluate(packed: dict[str, Any]) -> None:
 
 def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     device = resolve_device(run.zoo.device)
-    trained = load_model(run_dir / "final", device=str(device), dtype=torch.float32)
+    trained = load_model(run_dir / FINAL, device=str(device), dtype=torch.float32)
     torch.manual_seed(run.trainer.seed)
     untrained = TinyFluxDeep(run.model).to(device).eval()
     if untrained.sol_units is not None and trained.sol_units is not None:
@@ -85,7 +91,7 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     held_out_rows = data.held_out(run.trainer.val_fraction)
     record = {
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-        "weights": hashlib.sha256((run_dir / "final" / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        "weights": hashlib.sha256((run_dir / FINAL / WEIGHTS_NAME).read_bytes()).hexdigest(),
         "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
         "nearest": _draw(
             run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])]
@@ -98,13 +104,13 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
             for name, model in models.items()
         }
         record["held_out"] = {"count": int(held_out_rows.sum()), **losses}
-        print(
-            f"held-out velocity loss: {losses['trained']['val_velocity']:.4f}, untrained "
-            f"{losses['untrained']['val_velocity']:.4f}",
-            flush=True,
+        logger.info(
+            "held-out velocity loss: %.4f, untrained %.4f",
+            losses["trained"]["val_velocity"],
+            losses["untrained"]["val_velocity"],
         )
     text = json.dumps(record, indent=2) + "\n"
-    atomic_write(run_dir / "evaluation.json", text.encode())
+    atomic_write(run_dir / EVALUATION, text.encode())
 
 
 def _draw(
@@ -132,12 +138,11 @@ def _draw(
     }
     shares = {name: nearest_share(images, references) for name, images in drawn.items()}
     for name, share in shares.items():
-        print(
+        logger.info(
             f"{name}: {share['top1']:.0%} of {len(prompts)} pictures are nearest to their "
-            f"own caption's picture, {share['top5']:.0%} among the five nearest",
-            flush=True,
+            f"own caption's picture, {share['top5']:.0%} among the five nearest"
         )
-    output = run_dir / "evaluation"
+    output = run_dir / EVALUATION_PICTURES
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
     shown = zip(prompts, drawn["trained"], references, strict=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from tinyflux import run_dir as names
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
+from tinyflux.distributed.mirror import working_copy
 from tinyflux.errors import MissingDependencyError, TinyFluxError
-from tinyflux.report.stages import RECORD
-from tinyflux.storage.mirror import working_copy
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.files import atomic_write
@@ -103,31 +103,34 @@ def write_report(run: RunConfig) -> str:
     """
     with working_copy(run.run_dir) as run_dir:
         _write_report(run_dir, run)
-    return join(run.run_dir, "report.html")
+    return join(run.run_dir, names.REPORT)
 
 
 def _write_report(run_dir: Path, run: RunConfig) -> None:
-    evaluation = _read(run_dir / "evaluation.json")
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    evaluation = _read(run_dir / names.EVALUATION)
+    metrics = read_metrics(run_dir / names.METRICS)
     if evaluation is None or not metrics:
-        missing = "evaluation.json" if evaluation is None else "metrics.jsonl"
+        missing = names.EVALUATION if evaluation is None else names.METRICS
         raise TinyFluxError(
             f"there is no {missing} in '{run.run_dir}': train and evaluate first, or `tinyflux run`"
         )
-    stages = _read(run_dir / RECORD) or {}
+    stages = _read(run_dir / names.STAGES) or {}
     world = _read(Path(run.zoo.vae_repo) / "world.json")
-    served = _read(run_dir / "served.json")
+    served = _read(run_dir / names.SERVED)
     steps = max(line["step"] for line in metrics)
     nearest, losses = evaluation["nearest"], evaluation.get("held_out")
     pairs = nearest["pictures"]
     drawn, shown = (
-        "".join(_figure(run_dir / "evaluation" / pair[kind], pair["prompt"]) for pair in pairs)
+        "".join(
+            _figure(run_dir / names.EVALUATION_PICTURES / pair[kind], pair["prompt"])
+            for pair in pairs
+        )
         for kind in ("picture", "reference")
     )
     progress = "".join(
         f"<h3>After step {_step_of(grid)}</h3><img src='{_picture(grid)}' alt='' "
         f"style='width: {Image.open(grid).width * 2}px'>"
-        for grid in sorted((run_dir / "samples").glob("*.png"), key=_step_of)
+        for grid in sorted((run_dir / names.SAMPLES).glob("*.png"), key=_step_of)
     )
     held_out = _series(metrics, EMA_weights="val_velocity_ema", raw_weights="val_velocity")
     charts = _chart(_series(metrics, total="loss", velocity="loss_main"), "training loss")
@@ -175,7 +178,7 @@ captions that it was trained on.</p>
 <p class=note>{html.escape(ATTRIBUTION) if world is not None else ""}</p>
 </body></html>
 """
-    atomic_write(run_dir / "report.html", page.encode())
+    atomic_write(run_dir / names.REPORT, page.encode())
 
 
 def _read(path: Path) -> Any:
@@ -198,7 +201,7 @@ def _over_http(run_dir: Path, served: dict[str, Any] | None) -> str:
         return ""
     return (
         f"<h2>Over HTTP</h2><p>Ray Serve's answer to <b>{html.escape(served['prompt'])}</b>.</p>"
-        f"{_figure(run_dir / 'served.png', served['prompt'])}"
+        f"{_figure(run_dir / names.SERVED_PICTURE, served['prompt'])}"
     )
 
 

@@ -7,6 +7,7 @@ command continues from what it finds.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -16,15 +17,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyflux import run_dir
 from tinyflux.config import RunConfig, keep_run_config, parse_run_config
 from tinyflux.errors import TinyFluxError
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import to_dict
 from tinyflux.util.urls import join
 
-RECORD = "stages.json"
 # Stages tell their progress themselves; no library's bars or requests between their lines.
 QUIET = {"TQDM_DISABLE": "1", "RAY_SERVE_LOG_TO_STDERR": "0"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +95,14 @@ def run_file(arguments: Sequence[str]) -> str:
     run = parse_run_config(config, "tinyflux run FILE")
     keep_run_config(run)
     run_stages(list(main_stages(config).values()), run, Path.cwd())
-    return join(run.run_dir, "report.html")
+    return join(run.run_dir, run_dir.REPORT)
 
 
 def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
     """Run every stage that has not run yet with these settings, in ``root``."""
     folder = open_folder(run.run_dir)
     try:
-        record: dict[str, Any] = json.loads(folder.read(RECORD))
+        record: dict[str, Any] = json.loads(folder.read(run_dir.STAGES))
     except FileNotFoundError:
         record = {}
     settings = hashlib.sha256(json.dumps(to_dict(run), sort_keys=True).encode()).hexdigest()
@@ -108,10 +111,10 @@ def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
         done = record.get(stage.name)
         heading = f"[{number}/{len(stages)}] {stage.name}: {stage.title}"
         if done and done["settings"] == settings and not redo:
-            print(f"{heading} - done before in {done['seconds']:.0f} s", flush=True)
+            logger.info("%s - done before in %.0f s", heading, done["seconds"])
             continue
         redo = True  # what follows was made from what this stage made
-        print(f"\n{heading}\n$ {stage.shell}", flush=True)
+        logger.info("\n%s\n$ %s", heading, stage.shell)
         begun = time.monotonic()
         if stage.run is None:
             _call(stage, root)
@@ -123,7 +126,7 @@ def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
             "seconds": round(time.monotonic() - begun, 1),
             "settings": settings,
         }
-        folder.write(RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        folder.write(run_dir.STAGES, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _call(stage: Stage, root: Path) -> None:

@@ -14,6 +14,7 @@ records seed, steps, time and figures; a stage that it lists is not trained agai
 
 import argparse
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,9 +31,12 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 from tinyflux.toy.openmoji import draw, list_emoji
 from tinyflux.toy.world import WorldSizes, build_untrained
 from tinyflux.util.files import atomic_write
+from tinyflux.util.logging import log_to_console
 from tinyflux.util.seeding import generator
 
 PICTURE_SIZE = 32
+
+logger = logging.getLogger(__name__)
 
 
 def _cosine(step: int, steps: int, warmup: int = 200) -> float:
@@ -50,7 +54,7 @@ def _fit(
     lr: float,
     figure: Callable[[], str],
 ) -> float:
-    """Run AdamW for ``steps``; prints progress with ``figure`` and returns seconds taken."""
+    """Run AdamW for ``steps``; logs progress with ``figure`` and returns seconds taken."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     started = time.monotonic()
     for step in range(steps):
@@ -63,7 +67,7 @@ def _fit(
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             seconds = time.monotonic() - started
-            print(f"{name} {step + 1}/{steps}, {seconds:.0f} s, {figure()}", flush=True)
+            logger.info("%s %d/%d, %.0f s, %s", name, step + 1, steps, seconds, figure())
     return time.monotonic() - started
 
 
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument("--lune-steps", type=int, default=2500)
     parser.add_argument("--sol-steps", type=int, default=1200)
     arguments = parser.parse_args()
+    log_to_console()
     out: Path = arguments.out
 
     emoji = list_emoji()

@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinyflux.errors import StorageError
+from tinyflux.run_dir import CHECKPOINT_STATE, CHECKPOINTS, DRAWN, MARKS, RAY
 from tinyflux.storage.copies import local_directory
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.util.urls import is_url
 
-CHECKPOINTS = "checkpoints"
-# They say that what lies beside them is whole, so they come last and go first.
-MARKS = ("trainer_state.json", "training.json")
-# Ray Train's own, and `tinyflux sample`'s, which may be millions of files.
-_NOT_MIRRORED = ("ray", "drawn")
+# The pictures of `tinyflux sample` may be millions of files.
+_NOT_MIRRORED = (RAY, DRAWN)
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +75,7 @@ class Mirror:
 
     def _prune(self, kind: str, keep: int) -> None:
         there = self.folder.list(CHECKPOINTS)
-        names = {path.split("/")[1] for path in there if path.endswith(MARKS[0])}
+        names = {path.split("/")[1] for path in there if path.endswith(CHECKPOINT_STATE)}
         old = sorted(name for name in names if name.startswith(f"{kind}_"))
         written = sorted(path.name for path in (self.root / CHECKPOINTS).glob(f"{kind}_*"))
         if written:  # later ones are damaged: the run has still to reach them, and replaces them

@@ -1,0 +1,40 @@
+"""The names of everything in a run's directory, which may be a path or a URL.
+
+::
+
+    config.yaml        the resolved settings
+    checkpoints/       step_00001000/, epoch_0003/, ...; in each a trainer_state.json, written last
+    metrics.jsonl      a line per log step
+    samples/           grids that were drawn while training
+    tb/                TensorBoard's files
+    final/             the finished student; its training.json is written last
+    ray/               Ray Train's own
+    drawn/             pictures of `tinyflux sample`
+    evaluation.json    figures of `tinyflux evaluate`; their pictures are in evaluation/
+    stages.json        which stages of `tinyflux run` are done
+    served.json        what the demo's server answered, with the picture in served.png
+    report.html
+"""
+
+CONFIG = "config.yaml"
+
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_STATE = "trainer_state.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+TENSORBOARD = "tb"
+FINAL = "final"
+FINAL_STATE = "training.json"
+RAY = "ray"
+
+DRAWN = "drawn"
+
+EVALUATION = "evaluation.json"
+EVALUATION_PICTURES = "evaluation"
+STAGES = "stages.json"
+SERVED = "served.json"
+SERVED_PICTURE = "served.png"
+REPORT = "report.html"
+
+# They say that what lies beside them is whole, so they come last and go first.
+MARKS = (CHECKPOINT_STATE, FINAL_STATE)
