@@ -30,12 +30,14 @@ import torch
 from ray import serve
 
 from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.inference.engine import ImageEngine
+from tinyflux.inference.request import SampleRequest
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 from tinyflux.toy.world import SHIPPED
 
 SIDE = 32  # pixels
@@ -51,7 +53,7 @@ def free_port() -> int:
 
 def directly(engine: ImageEngine) -> Draw:
     def draw(seed: int, steps: int) -> bytes:
-        return engine.generate(ImageRequest("red apple", "", steps, 2.0, SIDE, SIDE, seed))
+        return engine.generate(SampleRequest("red apple", "", steps, 2.0, SIDE, SIDE, seed))
 
     return draw
 
@@ -113,7 +115,7 @@ def main() -> None:
         torch.manual_seed(0)
         save_model(TinyFluxDeep(preset("toy")), folder)
         config = ServeConfig(port=free_port(), checkpoint=folder)
-        engine = ImageEngine(config, zoo)
+        engine = open_engine(config, zoo)
         ensure_ray()
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(build_app(config, zoo))

@@ -3,7 +3,7 @@
 Contenders draw the same requests with the same toy student (random weights: they do not change
 what a forward costs), on the same cores:
 
-``steps``: :class:`~tinyflux.serving.engine.ImageEngine`.
+``steps``: :class:`~tinyflux.inference.engine.ImageEngine`.
 ``longest``: Ray Serve's own ``serve.batch`` around a loop that runs a batch until its longest
     request is done, with every row to the end.
 ``split``: ``serve.batch`` around ``Sampler.generate``, which takes one number of steps: a batch is
@@ -51,8 +51,11 @@ from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
 from torch import Tensor
 
+from tinyflux.inference.engine import ImageEngine
+from tinyflux.inference.events import Drawn
 from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.inference.prompt_cache import PromptCache
+from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import (
     Sampler,
     initial_noise,
@@ -64,13 +67,13 @@ from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 from tinyflux.toy.world import SHIPPED
 
 PROMPTS = ("red apple", "blue square", "green heart", "sunflower", "pizza", "purple circle")
 MIXED, ALIKE = (8, 28, 50), (28,)
 
-Draw = Callable[[ImageRequest], Awaitable[None]]
+Draw = Callable[[SampleRequest], Awaitable[None]]
 
 
 class CachedEncoders:
@@ -85,7 +88,7 @@ class CachedEncoders:
         return torch.cat([each.t5 for each in found]), torch.cat([each.pooled for each in found])
 
 
-def sampled(sampler: Sampler, requests: Sequence[ImageRequest]) -> Tensor:
+def sampled(sampler: Sampler, requests: Sequence[SampleRequest]) -> Tensor:
     """Pictures of requests that have everything but prompt and seed in common."""
     first = requests[0]
     return sampler.generate(
@@ -100,7 +103,7 @@ def sampled(sampler: Sampler, requests: Sequence[ImageRequest]) -> Tensor:
 
 
 @torch.inference_mode()
-def to_the_longest(sampler: Sampler, requests: Sequence[ImageRequest]) -> Tensor:
+def to_the_longest(sampler: Sampler, requests: Sequence[SampleRequest]) -> Tensor:
     """Pictures of requests of unlike steps, every row of the batch kept until all are done."""
     config, zoo = sampler.model.config, sampler.zoo
     cond = TextCondition(*zoo.encode_prompts_batched([request.prompt for request in requests]))
@@ -126,7 +129,7 @@ def to_the_longest(sampler: Sampler, requests: Sequence[ImageRequest]) -> Tensor
     return zoo.decode_latents(x, shift=config.latent_shift).float().clamp(0, 1)
 
 
-def split(sampler: Sampler, requests: Sequence[ImageRequest]) -> list[Tensor]:
+def split(sampler: Sampler, requests: Sequence[SampleRequest]) -> list[Tensor]:
     """Pictures of requests of unlike steps, one call of the sampler for each number of steps."""
     pictures: dict[int, Tensor] = {}
     for steps in sorted({request.num_steps for request in requests}):
@@ -137,7 +140,7 @@ def split(sampler: Sampler, requests: Sequence[ImageRequest]) -> list[Tensor]:
 
 
 def by_requests(
-    draw: Callable[[Sampler, Sequence[ImageRequest]], Any],
+    draw: Callable[[Sampler, Sequence[SampleRequest]], Any],
     sampler: Sampler,
     batch: int,
     wait: float,
@@ -145,19 +148,19 @@ def by_requests(
     """``serve.batch`` around ``draw``."""
 
     @serve.batch(max_batch_size=batch, batch_wait_timeout_s=wait)
-    async def drawn(requests: list[ImageRequest]) -> list[Tensor]:
+    async def drawn(requests: list[SampleRequest]) -> list[Tensor]:
         return list(await asyncio.to_thread(draw, sampler, requests))
 
-    async def one(request: ImageRequest) -> None:
+    async def one(request: SampleRequest) -> None:
         await drawn(request)
 
     return one
 
 
 def by_steps(engine: ImageEngine) -> Draw:
-    async def one(request: ImageRequest) -> None:
+    async def one(request: SampleRequest) -> None:
         async for event in engine.submit(request).events():
-            if isinstance(event, Finished):
+            if isinstance(event, Drawn):
                 return
 
     return one
@@ -166,25 +169,25 @@ def by_steps(engine: ImageEngine) -> Draw:
 def one_at_a_time(sampler: Sampler) -> Draw:
     lock = asyncio.Lock()
 
-    async def one(request: ImageRequest) -> None:
+    async def one(request: SampleRequest) -> None:
         async with lock:
             await asyncio.to_thread(sampled, sampler, [request])
 
     return one
 
 
-def requests_of(kinds: Sequence[int], count: int, seed: int, side: int) -> list[ImageRequest]:
+def requests_of(kinds: Sequence[int], count: int, seed: int, side: int) -> list[SampleRequest]:
     """``count`` requests, as many of each kind as can be, in random order."""
     draw = random.Random(seed)
     steps = [kinds[index % len(kinds)] for index in range(count)]
     draw.shuffle(steps)
     return [
-        ImageRequest(draw.choice(PROMPTS), "", number, 5.0, side, side, draw.randrange(2**31))
+        SampleRequest(draw.choice(PROMPTS), "", number, 5.0, side, side, draw.randrange(2**31))
         for number in steps
     ]
 
 
-async def flood(draw: Draw, requests: list[ImageRequest]) -> tuple[float, float]:
+async def flood(draw: Draw, requests: list[SampleRequest]) -> tuple[float, float]:
     """Pictures per second, and per second of CPU, when all requests come at once."""
     started, used = time.monotonic(), time.process_time()
     await asyncio.gather(*[draw(request) for request in requests])
@@ -193,12 +196,12 @@ async def flood(draw: Draw, requests: list[ImageRequest]) -> tuple[float, float]
 
 
 async def poisson(
-    draw: Draw, requests: list[ImageRequest], rate: float, seed: int
+    draw: Draw, requests: list[SampleRequest], rate: float, seed: int
 ) -> tuple[list[float], bool]:
     """Latencies under arrivals at ``rate`` per second, and whether the contender kept up."""
     gaps, latencies = random.Random(seed), []
 
-    async def one(request: ImageRequest) -> None:
+    async def one(request: SampleRequest) -> None:
         started = time.monotonic()
         await draw(request)
         latencies.append(time.monotonic() - started)
@@ -310,7 +313,7 @@ def prompt_ratios(engine: ImageEngine, pixels: int, repeats: int) -> dict[str, f
     for steps in (1, 8):
         ratios = []
         for index in range(repeats):
-            new = ImageRequest(f"red apple {steps} {index}", "", steps, 5.0, pixels, pixels, index)
+            new = SampleRequest(f"red apple {steps} {index}", "", steps, 5.0, pixels, pixels, index)
             started = time.perf_counter()
             engine.submit(new).result()
             between = time.perf_counter()
@@ -370,7 +373,7 @@ def main() -> None:
         config = ServeConfig(
             checkpoint=checkpoint, max_batch=arguments.batch, max_queue=10 * arguments.requests
         )
-        engine = ImageEngine(config, zoo)
+        engine = open_engine(config, zoo)
         model = load_model(checkpoint, device="cpu", dtype=torch.float32)
         encoders = CachedEncoders(zoo.build(model.config))
         sampler = Sampler(encoders, model, device="cpu", dtype=torch.float32)

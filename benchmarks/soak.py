@@ -26,19 +26,22 @@ from pathlib import Path
 import torch
 
 from tinyflux.errors import ServingError, TinyFluxError
+from tinyflux.inference.engine import ImageEngine
+from tinyflux.inference.events import Drawn
+from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.solvers import SOLVERS
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 from tinyflux.toy.world import SHIPPED
 
 THINGS = ("red apple", "blue square", "green heart", "sunflower", "pizza", "purple circle")
 
 
-def random_request(draw: random.Random) -> ImageRequest:
-    return ImageRequest(
+def random_request(draw: random.Random) -> SampleRequest:
+    return SampleRequest(
         prompt=f"{draw.choice(THINGS)} {draw.randrange(40)}",
         negative_prompt=draw.choice(["", "grey"]),
         num_steps=draw.choice([4, 8, 28]),
@@ -75,9 +78,10 @@ async def client(
         try:
             ticket = engine.submit(request)
             async for event in ticket.events():
-                if isinstance(event, Finished):
-                    fits = event.image.shape == (3, request.height, request.width)
-                    counts["pictures" if fits and event.image.isfinite().all() else "wrong"] += 1
+                if isinstance(event, Drawn):
+                    image = ticket.result()
+                    fits = image.shape == (3, request.height, request.width)
+                    counts["pictures" if fits and image.isfinite().all() else "wrong"] += 1
                 elif cancels:
                     ticket.cancel()
         except ServingError as error:
@@ -139,7 +143,7 @@ def main() -> None:
         checkpoint = str(save_model(TinyFluxDeep(preset("toy")), Path(folder) / "model"))
         world = str(SHIPPED)
         zoo = ZooConfig(world, f"{world}/t5", f"{world}/clip", world, world, "cpu")
-        engine = ImageEngine(ServeConfig(checkpoint=checkpoint, prompt_cache=64), zoo)
+        engine = open_engine(ServeConfig(checkpoint=checkpoint, prompt_cache=64), zoo)
         found = asyncio.run(soak(engine, arguments.minutes, arguments.clients))
         left = engine.stats()
         engine.close()

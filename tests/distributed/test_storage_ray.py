@@ -25,8 +25,9 @@ from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pi
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.distributed.config import SampleConfig, WorkersConfig
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.config import TrainerConfig
 
@@ -114,9 +115,9 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         for place in range(3):
             picture = bucket.read(f"run/drawn/{place:05d}.png")
             assert Image.open(io.BytesIO(picture)).size == (16, 16)
-        engine = ImageEngine(ServeConfig(checkpoint=f"{run.run_dir}/final"), run.zoo)
+        engine = open_engine(ServeConfig(checkpoint=f"{run.run_dir}/final"), run.zoo)
         try:
-            request = ImageRequest(
+            request = SampleRequest(
                 prompt=CAPTIONS[0], negative_prompt="", num_steps=1, guidance_scale=1.0,
                 height=16, width=16, seed=0,
             )  # fmt: skip

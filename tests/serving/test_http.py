@@ -28,8 +28,9 @@ from tests.fixtures.serving_place import make_place, save_student
 from tests.fixtures.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.fixtures.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 
 pytestmark = pytest.mark.slow
 
@@ -138,8 +139,8 @@ def test_a_picture_is_the_engines_own(server):
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-seed"] == "3"
     config = ServeConfig(checkpoint=str(server.place / "model"), max_height=8, max_width=8)
-    engine = ImageEngine(config, zoo_config(server.place / "world"))
-    request = ImageRequest("red circle", "", guidance_scale=2.0, **body)
+    engine = open_engine(config, zoo_config(server.place / "world"))
+    request = SampleRequest("red circle", "", guidance_scale=2.0, **body)
     assert same(answer.content, engine.generate(request))
     engine.close()
 
@@ -393,7 +394,7 @@ def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
     server.wait_until(lambda said: said["reloads"] > reloads)
     # One that cannot be read leaves the old one in place, and says so.
     (server.place / "model" / "model.safetensors").write_bytes(b"broken")
-    server.wait_until(lambda said: "model.safetensors" in said["mistake"])
+    server.wait_until(lambda said: "model.safetensors" in said["last_error"])
     assert server.draw(seed=3).status_code == 200
     answer = server.http.post("/admin/reload", json={"checkpoint": "/etc/passwd"})
     assert answer.status_code == 422
@@ -403,7 +404,7 @@ def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):
 BREAK = """
 import ray
 from ray import serve
-from tinyflux.serving.engine import ImageRequest
+from tinyflux.inference.request import SampleRequest
 
 class Breaks(int):
     def __rmod__(self, other):
@@ -411,7 +412,7 @@ class Breaks(int):
 
 ray.init(logging_level="ERROR")
 handle = serve.get_deployment_handle("model-other", "tinyflux")
-request = ImageRequest("red circle", "", 9, 2.0, 16, 16, 0, preview_every=Breaks(1))
+request = SampleRequest("red circle", "", 9, 2.0, 16, 16, 0, preview_every=Breaks(1))
 print(list(handle.options(stream=True).draw.remote(request, False))[-1])
 """
 

@@ -6,8 +6,9 @@ from PIL import Image
 from tests.fixtures.serving_place import make_place
 from tests.fixtures.worlds import zoo_config
 from tinyflux.errors import InputError
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageEngine, ImageRequest
+from tinyflux.serving.engine import open_engine
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +18,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(place):
-    config = ServeConfig(checkpoint=str(place / "model"), max_steps=10, max_height=8, max_width=8)
-    return ImageEngine(config, zoo_config(place / "world"))
+    config = ServeConfig(
+        checkpoint=str(place / "model"), max_steps=10, max_height=8, max_width=8,
+        default_steps=2, default_size=16,
+    )  # fmt: skip
+    return open_engine(config, zoo_config(place / "world"))
 
 
-def request(**changes) -> ImageRequest:
+def request(**changes) -> SampleRequest:
     values = {
         "prompt": "red circle",
         "negative_prompt": "",
@@ -31,7 +35,7 @@ def request(**changes) -> ImageRequest:
         "width": 24,
         "seed": 3,
     }
-    return ImageRequest(**{**values, **changes})
+    return SampleRequest(**{**values, **changes})
 
 
 def test_a_request_gives_one_picture_of_its_size_and_seed(engine):

@@ -17,9 +17,9 @@ from ray.serve._private.local_testing_mode import make_local_deployment_handle
 from tests.fixtures.odd_requests import GOOD, VALUES, Address, addresses, body_of, odd_requests
 from tests.fixtures.serving_place import make_place
 from tests.fixtures.worlds import zoo_config
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageRequest
 from tinyflux.serving.events import Accepted
 from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.errors import ApiError
@@ -163,20 +163,20 @@ def test_what_cannot_be_encoded_or_drawn_is_refused_at_the_door(api, path, body)
     ],
 )
 def test_a_request_that_fails_by_itself_is_no_lost_replica(studio, caplog, prompt, message):
-    request = ImageRequest(prompt, "", 2, 2.0, 16, 16, 0)
+    request = SampleRequest(prompt, "", 2, 2.0, 16, 16, 0)
     with pytest.raises(ApiError, match=message) as refused:
         asyncio.run(studio.picture("tinyflux", request))
     assert refused.value.status == 500
     assert refused.value.retry_after is None, "another try would fail in the same way"
     assert "was lost" not in caplog.text
-    good = ImageRequest("red circle", "", 2, 2.0, 16, 16, 0)
+    good = SampleRequest("red circle", "", 2, 2.0, 16, 16, 0)
     assert asyncio.run(studio.picture("tinyflux", good))
     assert not ray.is_initialized()
 
 
 def test_a_streams_listener_is_told_of_what_fails_by_itself(studio):
     async def told() -> list[object]:
-        request = ImageRequest("red \ud800 circle", "", 2, 2.0, 16, 16, 0)
+        request = SampleRequest("red \ud800 circle", "", 2, 2.0, 16, 16, 0)
         events = studio.draw("tinyflux", request)
         first = await anext(events)
         with pytest.raises(ApiError, match="the picture failed while"):

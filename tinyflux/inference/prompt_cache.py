@@ -1,15 +1,20 @@
 """Prompts as the model reads them, each encoded once."""
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from tinyflux.inference.guidance import TextCondition
 from tinyflux.model.text import CutTokens
 
-if TYPE_CHECKING:
-    from tinyflux.model.zoo import ModelZoo
+
+class PromptEncoders(Protocol):
+    """What the cache needs of a ModelZoo."""
+
+    def encode_prompts_batched(self, prompts: list[str], *args: Any, **kwargs: Any) -> Any: ...
+
+    def cut_tokens(self, prompts: list[str]) -> list[CutTokens]: ...
 
 
 class EncodedPrompt(NamedTuple):
@@ -27,7 +32,7 @@ class PromptCache:
         device, dtype: of the conditions.
     """
 
-    def __init__(self, zoo: "ModelZoo", size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, zoo: PromptEncoders, size: int, device: torch.device, dtype: torch.dtype):
         self._zoo, self._size = zoo, size
         self._device, self._dtype = device, dtype
         self._kept: OrderedDict[str, EncodedPrompt] = OrderedDict()
@@ -37,13 +42,11 @@ class PromptCache:
 
     def __call__(self, prompt: str) -> EncodedPrompt:
         """One prompt encoded; an empty one is the null caption."""
-        found = self._kept.pop(prompt, None)
-        if found is None:
-            found = self._encode(prompt)
-        self._kept[prompt] = found
+        encoded = self._kept.pop(prompt, None) or self._encode(prompt)
+        self._kept[prompt] = encoded
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
-        return found
+        return encoded
 
     def _encode(self, prompt: str) -> EncodedPrompt:
         empty = not prompt.strip()

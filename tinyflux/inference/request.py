@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tinyflux.inference.events import Drawn, Step
 from tinyflux.model.text import READ_WHOLE, CutTokens
 
 # Events kept for a reader that lags behind: beyond that the oldest go.
@@ -17,7 +18,7 @@ MAX_UNREAD = 64
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class SampleRequest:
     """One picture to draw; sizes in pixels, a seed already chosen.
 
     ``preview_every`` asks for a preview each so many steps; 0 is none.
@@ -34,25 +35,6 @@ class ImageRequest:
     preview_every: int = 0
 
 
-@dataclass(frozen=True)
-class Progress:
-    """``step`` of ``total`` is done; ``preview`` is ``[3, H, W]`` in [0, 1] on the CPU, when due.
-
-    A preview shows what the picture would be if the last velocity held on.
-    """
-
-    step: int
-    total: int
-    preview: Tensor | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The picture, ``[3, H, W]`` in [0, 1] on the CPU."""
-
-    image: Tensor
-
-
 class RequestHandle:
     """A request that an engine has accepted. Thread-safe; one reader of :meth:`events`.
 
@@ -66,8 +48,9 @@ class RequestHandle:
         self.negative_cut: CutTokens = READ_WHOLE
         self._on_cancel = on_cancel
         self._changed = threading.Condition()
-        self._unread: deque[Progress | Finished] = deque(maxlen=MAX_UNREAD)
+        self._unread: deque[Step | Drawn] = deque(maxlen=MAX_UNREAD)
         self._image: Tensor | None = None
+        self._png: bytes | None = None
         self._error: BaseException | None = None
         self._wake: Callable[[], object] | None = None
 
@@ -80,11 +63,11 @@ class RequestHandle:
         """Give the picture up: its place is free at the next step. Too late is no error."""
         self._on_cancel()
 
-    async def events(self) -> AsyncIterator[Progress | Finished]:
-        """What happens, in order, up to :class:`Finished`.
+    async def events(self) -> AsyncIterator[Step | Drawn]:
+        """What happens, in order, up to :class:`Drawn`.
 
         Raises:
-            TinyFluxError: the request's error, in place of ``Finished``.
+            TinyFluxError: the request's error, in place of ``Drawn``.
         """
         loop, wake = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
@@ -97,7 +80,7 @@ class RequestHandle:
                     error = self._error
                 if event is not None:
                     yield event
-                    if isinstance(event, Finished):
+                    if isinstance(event, Drawn):
                         return
                 elif error is not None:
                     raise error
@@ -126,17 +109,31 @@ class RequestHandle:
                 raise self._error
             return self._image
 
+    @property
+    def png(self) -> bytes:
+        """The picture as PNG, once :meth:`result` has given it."""
+        assert self._png is not None
+        return self._png
+
     # For the engine
 
-    def tell(self, event: Progress | Finished) -> bool:
-        """Pass an event on; False if the request had ended before."""
+    def tell(self, event: Step) -> bool:
+        """Pass a step on; False if the request had ended before."""
         with self._changed:
             if self.ended:
                 return False
-            if isinstance(event, Finished):
-                self._image = event.image
-                self._on_cancel = _nothing
             self._unread.append(event)
+            self._notify()
+            return True
+
+    def finish(self, image: Tensor, png: bytes) -> bool:
+        """End the request with its picture, twice; False if it had ended before."""
+        with self._changed:
+            if self.ended:
+                return False
+            self._image, self._png = image, png
+            self._on_cancel = _nothing
+            self._unread.append(Drawn(png, self.cut, self.negative_cut))
             self._notify()
             return True
 
@@ -158,4 +155,4 @@ class RequestHandle:
 
 
 def _nothing() -> None:
-    """What cancelling does at the end; a ticket that is kept then keeps no model alive."""
+    """What cancelling does at the end; a handle that is kept then keeps no model alive."""

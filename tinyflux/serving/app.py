@@ -20,7 +20,7 @@ from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageEngine
+from tinyflux.serving.engine import open_engine
 from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
 from tinyflux.serving.registry import ReplicaRegistry
@@ -144,11 +144,7 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
     application, models = build_app(config, zoo), served_models(config)
     for checkpoint in models.values():
         # A mistake is told here, not by a replica that restarts for ever.
-        engine = ImageEngine(replace(config, checkpoint=checkpoint), zoo)
-        try:
-            engine.check_defaults()
-        finally:
-            engine.close(drain=False)
+        open_engine(replace(config, checkpoint=checkpoint), zoo).close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ensure_ray()

@@ -10,9 +10,11 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
+from tinyflux.inference.config import PixelLimits
+from tinyflux.inference.events import Drawn, Step
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import ImageRequest
-from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
+from tinyflux.serving.events import Accepted, Event, Refused
 from tinyflux.serving.http.errors import ApiError
 from tinyflux.serving.metrics import PictureMetrics
 
@@ -35,7 +37,7 @@ class EngineClient:
     def __init__(self, config: ServeConfig, painters: dict[str, Any], board: Any):
         self.config, self._painters, self._board = config, painters, board
         self._metrics = PictureMetrics()
-        self._limits: dict[str, dict[str, int]] = {}
+        self._limits: dict[str, PixelLimits] = {}
 
     @property
     def models(self) -> list[str]:
@@ -58,7 +60,7 @@ class EngineClient:
         return model
 
     async def draw(
-        self, model: str, request: ImageRequest, every_step: bool = False
+        self, model: str, request: SampleRequest, every_step: bool = False
     ) -> AsyncGenerator[Event, None]:
         """What happens to one picture: previews, and in the end :class:`Drawn`.
 
@@ -119,7 +121,7 @@ class EngineClient:
             503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
         )
 
-    async def picture(self, model: str, request: ImageRequest) -> Drawn:
+    async def picture(self, model: str, request: SampleRequest) -> Drawn:
         """The picture; see :meth:`draw`."""
         async with aclosing(self.draw(model, request)) as events:
             async for event in events:
@@ -127,8 +129,8 @@ class EngineClient:
                     return event
         raise AssertionError("draw ends with a picture or an error")
 
-    async def limits(self, model: str) -> dict[str, int]:
-        """``step``, ``max_height`` and ``max_width`` in pixels."""
+    async def limits(self, model: str) -> PixelLimits:
+        """The sizes that can be asked of a model."""
         if model not in self._limits:
             self._limits[model] = await self._painters[model].limits.remote()
         return self._limits[model]
@@ -158,7 +160,7 @@ class EngineClient:
         return await self._board.present.remote()
 
     async def _once(
-        self, model: str, request: ImageRequest, every_step: bool, started: float
+        self, model: str, request: SampleRequest, every_step: bool, started: float
     ) -> AsyncGenerator[Event, None]:
         """One try; it is cancelled at the replica when nobody listens any more."""
         stream = self._painters[model].options(stream=True).draw.remote(request, every_step)

@@ -1,8 +1,12 @@
-"""What the replica of an engine tells the HTTP side about one picture, in this order."""
+"""What the replica of an engine tells the HTTP side about one picture.
+
+An engine's own events are :mod:`tinyflux.inference.events`; between processes, a picture is first
+accepted or refused.
+"""
 
 from dataclasses import dataclass
 
-from tinyflux.model.text import READ_WHOLE, CutTokens
+from tinyflux.inference.events import Drawn, Step
 
 
 @dataclass(frozen=True)
@@ -21,28 +25,6 @@ class Refused:
     status: int
     message: str
     retry_after: float | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """``step`` of ``total`` is done; ``preview`` is a PNG of the guess so far, where one is due."""
-
-    step: int
-    total: int
-    preview: bytes | None
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The picture as PNG.
-
-    Attributes:
-        cut, negative_cut: how much of the prompt and of the negative prompt was not read.
-    """
-
-    png: bytes
-    cut: CutTokens = READ_WHOLE
-    negative_cut: CutTokens = READ_WHOLE
 
 
 Event = Accepted | Refused | Step | Drawn

@@ -8,7 +8,9 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import Scope
 
-from tinyflux.serving.events import Drawn, Event, Step
+from tinyflux.inference.engine import EngineStats
+from tinyflux.inference.events import Drawn, Step
+from tinyflux.serving.events import Event
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160]
 
@@ -98,9 +100,10 @@ class EngineMetrics:
         )
         self._tags, self._done = {"model": model}, 0
 
-    def tell(self, stats: dict[str, Any]) -> None:
+    def tell(self, stats: EngineStats) -> None:
+        figures: dict[str, Any] = {**stats}
         for key, gauge in self._gauges.items():
-            gauge.set(stats[key], tags=self._tags)
+            gauge.set(figures[key], tags=self._tags)
         if (steps := stats["steps"] - self._done) > 0:
             self._steps.inc(steps, tags=self._tags)
             self._done = stats["steps"]

@@ -1,6 +1,5 @@
 """The replica of an engine: it draws, says how it is, and follows its checkpoint."""
 
-import asyncio
 import dataclasses
 import logging
 import threading
@@ -10,14 +9,17 @@ from typing import Any
 
 from ray import serve
 
-from tinyflux.distributed.weights import signature
+from tinyflux.distributed.weights import load_student, signature
 from tinyflux.errors import InputError, OverloadedError, ServingError, TinyFluxError
+from tinyflux.inference.config import PixelLimits
+from tinyflux.inference.events import Drawn
+from tinyflux.inference.request import SampleRequest
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.engine import Finished, ImageEngine, ImageRequest
-from tinyflux.serving.events import Accepted, Drawn, Event, Refused, Step
+from tinyflux.serving.engine import open_engine
+from tinyflux.serving.events import Accepted, Event, Refused
 from tinyflux.serving.metrics import EngineMetrics
-from tinyflux.util.images import png_bytes
+from tinyflux.util.device import resolve_device
 from tinyflux.util.urls import is_url
 
 REPORT_SECONDS = 1.0
@@ -44,21 +46,21 @@ class EngineReplica:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(name)
         self._seen = signature(checkpoint)
-        self._engine = ImageEngine(dataclasses.replace(config, checkpoint=checkpoint), zoo)
-        self._engine.check_defaults()
-        self._reloads, self._mistake, self._looked = 0, "", time.monotonic()
+        self._zoo = zoo
+        self._engine = open_engine(dataclasses.replace(config, checkpoint=checkpoint), zoo)
+        self._reloads, self._last_error, self._looked = 0, "", time.monotonic()
         self._ended = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._follower.start()
 
-    async def draw(self, request: ImageRequest, every_step: bool) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: SampleRequest, every_step: bool) -> AsyncGenerator[Event, None]:
         """Draw one picture; a caller that goes away frees its place in the batch.
 
         Args:
             every_step: tell of steps without a preview, too.
         """
         try:
-            ticket = self._engine.submit(request)
+            handle = self._engine.submit(request)
         except OverloadedError as error:
             yield Refused(429, str(error), error.retry_after)
             return
@@ -70,23 +72,15 @@ class EngineReplica:
             return
         try:
             yield Accepted()
-            async for event in ticket.events():
-                if isinstance(event, Finished):
-                    png = await asyncio.to_thread(png_bytes, event.image)
-                    yield Drawn(png, ticket.cut, ticket.negative_cut)
-                    return
-                preview = event.preview
-                if preview is not None:
-                    png = await asyncio.to_thread(png_bytes, preview)
-                    yield Step(event.step, event.total, png)
-                elif every_step:
-                    yield Step(event.step, event.total, None)
+            async for event in handle.events():
+                if every_step or isinstance(event, Drawn) or event.preview is not None:
+                    yield event
         except InputError as error:
             yield Refused(400, str(error))
         except TinyFluxError as error:
             yield self._failed(error)
         finally:
-            ticket.cancel()
+            handle.cancel()
 
     def _failed(self, error: TinyFluxError) -> Refused:
         """Whether a picture failed by itself, or with the engine: another one may draw it then."""
@@ -96,7 +90,7 @@ class EngineReplica:
             return Refused(503, str(error), BROKEN_SECONDS)
         return Refused(500, str(error))
 
-    async def limits(self) -> dict[str, int]:
+    async def limits(self) -> PixelLimits:
         """The sizes that can be asked for, in pixels."""
         return self._engine.pixel_limits()
 
@@ -122,7 +116,7 @@ class EngineReplica:
         """Tell the board how it goes; its call to reload, or ``last`` if it does not answer."""
         stats = self._engine.stats()
         self._metrics.tell(stats)
-        figures = {**stats, "reloads": self._reloads, "mistake": self._mistake}
+        figures = {**stats, "reloads": self._reloads, "last_error": self._last_error}
         try:
             report = self._board.report.remote(self._name, self._replica, figures)
             return report.result(timeout_s=REPORT_SECONDS) or last
@@ -141,10 +135,11 @@ class EngineReplica:
     def _reload(self) -> None:
         seen = signature(self._checkpoint)
         try:
-            self._engine.swap(self._checkpoint)
+            device = str(resolve_device(self._zoo.device))
+            self._engine.swap(load_student(self._checkpoint, device, self._zoo.dtype))
         except Exception as error:  # whatever is wrong with the new weights, the old ones serve
-            self._mistake = str(error)
+            self._last_error = str(error)
             logger.error("%s keeps its weights: %s", self._name, error)
         else:
-            self._reloads, self._mistake = self._reloads + 1, ""
+            self._reloads, self._last_error = self._reloads + 1, ""
         self._seen = seen

@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinyflux.inference.events import Drawn, Step
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
-from tinyflux.serving.engine import ImageRequest
-from tinyflux.serving.events import Drawn, Event, Step
+from tinyflux.serving.events import Event
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.http.schemas import MAX_SEED, MOST, Count, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
@@ -94,7 +95,7 @@ def native_routes(studio: EngineClient) -> APIRouter:
             "models": studio.models,
             "solvers": list(get_args(Solver)),
             "limits": {
-                **await studio.limits(chosen),
+                **(await studio.limits(chosen))._asdict(),
                 "max_steps": config.max_steps,
                 "max_n": config.max_n,
                 "max_prompt_chars": config.max_prompt_chars,
@@ -141,10 +142,10 @@ def native_routes(studio: EngineClient) -> APIRouter:
     return routes
 
 
-def _request(studio: EngineClient, body: GenerateBody) -> ImageRequest:
+def _request(studio: EngineClient, body: GenerateBody) -> SampleRequest:
     config = studio.config
     values = body.model_dump(exclude={"model"}, exclude_none=True)
-    return ImageRequest(
+    return SampleRequest(
         **{
             "num_steps": config.default_steps,
             "guidance_scale": config.default_guidance,
@@ -157,7 +158,7 @@ def _request(studio: EngineClient, body: GenerateBody) -> ImageRequest:
 
 
 async def _stream(
-    events: AsyncGenerator[Event, None], request: ImageRequest, started: float
+    events: AsyncGenerator[Event, None], request: SampleRequest, started: float
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         yield server_sent("accepted", {"seed": request.seed})

@@ -14,9 +14,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinyflux.inference.events import Drawn, Step
+from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
-from tinyflux.serving.engine import ImageRequest
-from tinyflux.serving.events import Drawn, Event, Step
+from tinyflux.serving.events import Event
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.http.schemas import MAX_SEED, Count, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
@@ -128,7 +129,7 @@ def openai_routes(studio: EngineClient) -> APIRouter:
     return routes
 
 
-def _requests(studio: EngineClient, body: ImagesBody, count: int) -> list[ImageRequest]:
+def _requests(studio: EngineClient, body: ImagesBody, count: int) -> list[SampleRequest]:
     config = studio.config
     width = height = config.default_size
     if body.size not in (None, "auto"):
@@ -142,7 +143,7 @@ def _requests(studio: EngineClient, body: ImagesBody, count: int) -> list[ImageR
     partial = body.partial_images or 0
     seed = random.randrange(2**31) if body.seed is None else body.seed
     return [
-        ImageRequest(
+        SampleRequest(
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
             num_steps=steps,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tinyflux.serving.events import Drawn
+from tinyflux.inference.events import Drawn
 
 HEADER, NEGATIVE_HEADER = (
     "X-TinyFlux-Prompt-Truncated",
