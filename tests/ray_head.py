@@ -1,14 +1,19 @@
 """A Ray of one node for tests that kill things or submit jobs."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
 
 from tests.waiting import PATIENCE, answers, free_ports, wait_for
 
@@ -79,6 +84,11 @@ class Cluster:
         self._commands.append(command)
         return command
 
+    def kill_head(self) -> None:
+        """Let the head's processes be gone at once; workers of the node may live on."""
+        os.killpg(self._head.pid, signal.SIGKILL)
+        self._head.wait()
+
     def end(self) -> None:
         for command in self._commands:
             command.kill()
@@ -89,6 +99,115 @@ class Cluster:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._head.pid, signal.SIGKILL)
+
+
+class Nodes:
+    """A cluster of several nodes on this machine, whose head does no work."""
+
+    def __init__(self, environment: dict[str, str]):
+        from ray.cluster_utils import Cluster
+
+        self._ours = Descendants(os.getpid(), but=psutil.Process().children())
+        self._drivers: list[subprocess.Popen[bytes]] = []
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self._environment = {**environment, "RAY_ADDRESS": self._cluster.address}
+
+    def add(self) -> Any:
+        """One more node, of one CPU; it is there when this returns."""
+        node = self._cluster.add_node(num_cpus=1)
+        self._cluster.wait_for_nodes()
+        return node
+
+    def lose(self, node: Any) -> None:
+        """Kill a node without a word to the others."""
+        self._ours.look()
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def drive(self, job: str, argument: str, log: Path) -> subprocess.Popen[bytes]:
+        """Start a driver; it is killed with the cluster."""
+        with log.open("a") as output:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", job, argument],
+                env=self._environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self._drivers.append(driver)
+        return driver
+
+    def end(self) -> None:
+        self._ours.look()
+        for driver in self._drivers:
+            driver.kill()
+            driver.wait()
+        self._cluster.shutdown()
+        self._ours.end()
+        del self._cluster
+        gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
+
+
+@contextlib.contextmanager
+def running_nodes(environment: dict[str, str]) -> Iterator[Nodes]:
+    """Nodes that end with the block; Ray's settings in ``environment`` hold for them."""
+    settings = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("RAY_") and name != "RAY_ADDRESS"
+    }
+    with mock.patch.dict(os.environ, settings):
+        nodes = Nodes(environment)
+        try:
+            yield nodes
+        finally:
+            nodes.end()
+
+
+class Descendants:
+    """All processes that ever came of one, as often as one looked, and their end.
+
+    Args:
+        but: children of it that are none of this test's business.
+    """
+
+    def __init__(self, pid: int, but: Iterable[psutil.Process] = ()):
+        self._root, self._but = psutil.Process(pid), set(but)
+        self._seen: set[psutil.Process] = set()
+        self.look()
+
+    def look(self) -> None:
+        """An orphan is known if it was seen before its parent died."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in set(self._root.children()) - self._but:
+                self._seen.add(child)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._seen.update(child.children(recursive=True))
+
+    def alive(self) -> list[psutil.Process]:
+        """Those that run."""
+        self.look()
+        return [one for one in self._seen if _name_of(one)]
+
+    def kill(self, name: str) -> None:
+        """Kill those whose name or command has ``name``, once there is one."""
+        wait_for(lambda: any(name in _name_of(one) for one in self.alive()))
+        for one in [one for one in self.alive() if name in _name_of(one)]:
+            one.kill()
+            wait_for(lambda one=one: not _name_of(one))
+
+    def end(self) -> None:
+        left = self.alive()
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(left, timeout=PATIENCE)
+
+
+def _name_of(process: psutil.Process) -> str:
+    """The title of a process that runs; nothing for another."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        return f"{process.name()} {' '.join(process.cmdline())}"
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def ray_processes(ancestor: int, name: bytes) -> list[int]:
