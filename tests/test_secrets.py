@@ -30,6 +30,7 @@ from tinyflux.distributed.ray_session import guard_token
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig
+from tinyflux.util.files import warn_if_readable
 
 # What Ray's dashboard reads to fill its pages: jobs and their environments, nodes and their
 # processes, actors, tasks, workers.
@@ -213,6 +214,19 @@ def test_keys_that_others_can_read_are_said_in_one_line(tmp_path, caplog):
     keys.chmod(0o604)
     build_app(config, ZooConfig())
     assert caplog.messages == [f"others can read the API keys: chmod 600 {keys}"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_another_users_keys_may_be_for_a_group(tmp_path, caplog):
+    keys = tmp_path / "keys"
+    keys.touch()
+    os.chown(keys, 12345, 12345)
+    keys.chmod(0o640)
+    warn_if_readable(keys, "the API keys")
+    assert caplog.messages == []
+    keys.chmod(0o644)
+    warn_if_readable(keys, "the API keys")
+    assert caplog.messages == [f"others can read the API keys: chmod o= {keys}"]
 
 
 def test_a_saved_run_has_no_setting_that_holds_a_secret(tmp_path):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _SILENCE_SECONDS = 45.0
 _LOOK_SECONDS = 1.0
 _END_SECONDS = 15  # for each part of the end
 _TIDY_SECONDS = 60
+# What Ray Data's pools put into the object store for their actors.
+_POOL_ARGUMENTS = ("_map_transformer_ref", "_data_context_ref")
 
 
 def ensure_ray() -> None:
@@ -69,21 +72,21 @@ def ensure_ray() -> None:
     # It says that a token guards this Ray, which is as it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     with _on_loopback():
-        ray.init(**options)
+        ray.init(address="local", **options)  # never one that somebody started here
 
 
 def quiet_data() -> None:
     """Let Ray Data work without bars and plans, and with actors that can be started anew."""
-    from ray.data._internal.execution.operators import actor_pool_map_operator
+    from ray.data._internal.execution.operators import actor_pool_map_operator as pools
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if actor_pool_map_operator.ActorPoolMapOperator.__module__ != __name__:
-        actor_pool_map_operator.ActorPoolMapOperator = _with_arguments(
-            actor_pool_map_operator.ActorPoolMapOperator
-        )
+    pool = pools.ActorPoolMapOperator
+    # Another Ray may be made otherwise, and then keeps its errors.
+    if all(isinstance(getattr(pool, name, None), cached_property) for name in _POOL_ARGUMENTS):
+        pools.ActorPoolMapOperator = _with_arguments(pool)
 
 
 def _with_arguments(pool: type) -> type:

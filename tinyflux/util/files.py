@@ -65,7 +65,9 @@ def full_disk_ends_run(run: str) -> Iterator[None]:
 
 
 def warn_if_readable(path: str | os.PathLike[str], what: str) -> None:
-    """Warn in one line of a secret in a file of this user's that others can read.
+    """Warn in one line of a secret in a file that others can read.
+
+    Where the file is another user's, such as root's, its group may be made for this process.
 
     Args:
         what: names the secret.
@@ -74,5 +76,7 @@ def warn_if_readable(path: str | os.PathLike[str], what: str) -> None:
         status = Path(path).stat()
     except OSError:  # whoever reads it says why it cannot be
         return
-    if status.st_uid == os.geteuid() and status.st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        logger.warning("others can read %s: chmod 600 %s", what, path)
+    mine = status.st_uid == os.geteuid()
+    others, mend = (stat.S_IRGRP | stat.S_IROTH, "600") if mine else (stat.S_IROTH, "o=")
+    if status.st_mode & others:
+        logger.warning("others can read %s: chmod %s %s", what, mend, path)
