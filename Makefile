@@ -7,24 +7,29 @@ FRESH ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check lint types format constraints clean
 
-# More tests at a time than cores: most of a test's time is waiting for processes.
+# How many tests at a time. A slow one starts a Ray of many processes: with more than two of those,
+# a small machine has nothing that answers in time.
 WORKERS ?= 4
-PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS)
+SLOW_WORKERS ?= 2
+FAST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "not slow and not fault"
+SLOW = $(BIN)/python -m pytest --numprocesses=$(SLOW_WORKERS) -m
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+# One run tells all that is broken: the second part runs whatever the first one found.
+both = status=0; $(1) || status=1; $(2) || status=1; exit $$status
 
 demo: $(VENV)/.installed  ## the whole system on real pictures, in about ten minutes (FRESH=1 starts over)
 	$(BIN)/python -m tinyflux demo $(if $(FRESH),--fresh)
 
 test: $(VENV)/.installed  ## the tests, but for the long ones that break things
-	$(PYTEST) -m "not fault"
+	$(call both,$(FAST),$(SLOW) "slow and not fault")
 
 test-all: $(VENV)/.installed  ## every test: also kills, cut wires, lost nodes, a launched cluster
-	TINYFLUX_LAUNCH=1 $(PYTEST)
+	$(call both,$(FAST),TINYFLUX_LAUNCH=1 $(SLOW) "slow or fault")
 
 check: lint types  ## lint, types and the tests that take seconds
-	$(PYTEST) -m "not slow and not fault"
+	$(FAST)
 
 lint: $(VENV)/.installed  ## format, style and layering
 	$(BIN)/ruff format --check

@@ -58,5 +58,9 @@ class ServingError(TinyFluxError, RuntimeError):
     """A picture that will not come: it was cancelled, or the engine is closed or broken."""
 
 
+class RayLostError(TinyFluxError, RuntimeError):
+    """A Ray that died under a job which cannot do without it."""
+
+
 class MissingDependencyError(TinyFluxError, ImportError):
     """An optional package that the requested feature needs."""

@@ -3,7 +3,6 @@
 Slow: drivers and actors that import torch start again after each death; a cluster of three nodes.
 """
 
-import gc
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from tests.fixtures.caches import CAPTIONS, assert_same, changed
+from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
@@ -110,29 +110,22 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, head, monkeypatch):
-    from ray.cluster_utils import Cluster
-
-    for name, value in head.environment.items():
-        if name.startswith("RAY_") and name != "RAY_ADDRESS":
-            monkeypatch.setenv(name, value)
+def test_the_loss_of_a_node_leaves_the_dataset_that_a_bare_loop_builds(configs, head, tmp_path):
     mine = changed(configs, cache={"path": f"{configs.cache.path}-lost", "num_actors": 2})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        driver = subprocess.Popen(
-            [sys.executable, "-c", JOB, json.dumps(to_dict(mine))],
-            env={**head.environment, "RAY_ADDRESS": cluster.address},
-            cwd=Path(__file__).parents[2],
-        )
-        wait_for(lambda: len(list(mine.store.directory.glob("receipts/*.json"))) >= 2)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        assert driver.wait(timeout=PATIENCE) == 0
-    finally:
-        cluster.shutdown()
-        del cluster, nodes
-        gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
+    log = tmp_path / "driver.log"
+    with running_nodes(head.environment) as nodes:
+        lost = [nodes.add() for _ in range(2)][1]
+        driver = nodes.drive(JOB, json.dumps(to_dict(mine)), log)
+
+        def begun():
+            assert driver.poll() is None, log.read_text()[-5000:]
+            return len(list(mine.store.directory.glob("receipts/*.json"))) >= 2
+
+        wait_for(begun)
+        nodes.lose(lost)
+        del lost
+        assert driver.wait(timeout=PATIENCE) == 0, log.read_text()[-5000:]
+    assert "constructor arguments in the object store" not in log.read_text()  # actors keep them
     assert_same(mine.store.directory, configs.store.directory)
 
 

@@ -3,7 +3,6 @@
 Slow: after each of ten deaths, processes that import torch start again; a node comes and goes.
 """
 
-import gc
 import json
 import os
 import random
@@ -19,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
@@ -161,12 +161,7 @@ def figures(run):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, head, monkeypatch):
-    from ray.cluster_utils import Cluster
-
-    for name, value in head.environment.items():
-        if name.startswith("RAY_") and name != "RAY_ADDRESS":
-            monkeypatch.setenv(name, value)
+def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, head):
     workers = WorkersConfig(num_workers=2, min_workers=1, resize_seconds=5, max_failures=-1)
     trainer = replace(straight.trainer, total_steps=LONG, validate_every=None)
     elastic = replace(
@@ -185,20 +180,15 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
         wait_for(lambda: saved(elastic) > before or driver.poll() is not None)
         assert driver.poll() is None, log_of(elastic)
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        driver = start(elastic, {**head.environment, "RAY_ADDRESS": cluster.address})
+    with running_nodes(head.environment) as nodes:
+        nodes.add()
+        driver = nodes.drive(JOB, json.dumps(to_dict(elastic)), log)
         reached(["1"])
-        second = cluster.add_node(num_cpus=1)
+        second = nodes.add()
         reached(["1", "2"])
-        cluster.remove_node(second, allow_graceful=False)
+        nodes.lose(second)
+        del second
         assert driver.wait(timeout=PATIENCE) == 0, log_of(elastic)
-    finally:
-        cluster.shutdown()
-        cluster = second = None
-        gc.collect()  # Ray leaves sockets open, and their warnings must not hit another test
     assert groups() == ["1", "2", "1"]
     assert read_state(latest_checkpoint(Path(elastic.run_dir) / "checkpoints")).step == LONG
     found, wanted = figures(elastic), figures(straight)

@@ -1,6 +1,9 @@
 """One odd request costs only itself: the API in this process, over a real engine."""
 
 import asyncio
+import re
+from copy import copy
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -136,6 +139,19 @@ def test_every_error_is_told_as_it_is(api):
                     assert ref.endswith("/ErrorBody"), f"{method} {path} {status}"
 
 
+def test_the_pages_say_which_addresses_need_a_key(studio, tmp_path):
+    (tmp_path / "keys").write_text("a-key-of-the-tests-0123456789\n")
+    (tmp_path / "keys").chmod(0o600)
+    guarded = copy(studio)
+    guarded.config = replace(studio.config, api_keys_file=str(tmp_path / "keys"))
+    api = make_api(guarded)
+    for path, methods in api.openapi()["paths"].items():
+        for method, says in methods.items():
+            url = f"http://localhost{path.format(name='a', model='a')}"
+            answer = ask(api, httpx.Request(method.upper(), url))
+            assert ({} not in says["security"]) == (answer.status_code == 401), path
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -153,6 +169,51 @@ def test_what_cannot_be_encoded_or_drawn_is_refused_at_the_door(api, path, body)
     answer = ask(api, httpx.Request("POST", f"http://localhost{path}", content=body, headers=JSON))
     assert answer.status_code == 422, answer.text
     check_shape(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/generate", "num_steps", "true"),
+        ("/generate", "num_steps", '"2"'),
+        ("/generate", "num_steps", "1.5"),
+        ("/generate", "seed", "false"),
+        ("/generate", "preview_every", '"0"'),
+        ("/generate", "guidance_scale", "false"),
+        ("/generate", "guidance_scale", '"3.0"'),
+        ("/v1/images/generations", "guidance", "false"),
+        ("/v1/images/generations", "partial_images", "false"),
+        ("/v1/images/generations", "n", '"1"'),
+        ("/v1/images/generations", "stream", '"no"'),
+        ("/v1/images/generations", "stream", "0"),
+    ],
+)
+def test_what_looks_like_a_number_is_none(api, path, field, value):
+    content = body_of({**GOOD, field: value})
+    answer = ask(
+        api, httpx.Request("POST", f"http://localhost{path}", content=content, headers=JSON)
+    )
+    assert answer.status_code == 422, answer.text
+    check_shape(answer)
+    assert answer.json()["error"]["param"] == field
+
+
+def test_a_whole_number_may_be_written_with_a_point(api):
+    content = body_of({**GOOD, "seed": "3.0", "num_steps": "2.0", "guidance_scale": "3"})
+    request = httpx.Request("POST", "http://localhost/generate", content=content, headers=JSON)
+    answer = ask(api, request)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-seed"] == "3"
+
+
+def test_the_schema_knows_which_sizes_there_can_be(api):
+    size = api.openapi()["components"]["schemas"]["ImagesBody"]["properties"]["size"]
+    for text in ("auto", "16x16", "24x8", "", "16", "16x", "0x16", "x16", "auto ", "a" * 200):
+        content = body_of({**GOOD, "size": f'"{text}"'})
+        url = "http://localhost/v1/images/generations"
+        answer = ask(api, httpx.Request("POST", url, content=content, headers=JSON))
+        known = re.search(size["pattern"], text) is not None
+        assert answer.status_code == (200 if known else 400), answer.text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ work of a process that died to another.
 """
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -178,13 +177,10 @@ def _made(answer: dict[str, Any]) -> Any:
 def _start_ray(cache: CacheConfig) -> Any:
     import ray
 
-    from tinyflux.distributed.ray_session import ensure_ray
+    from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 
     ensure_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet_data()
     refuse_impossible_actor(cache)
     return ray
 

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from tinyflux import errors
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.prompt_file import Wish, read_wishes
-from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.weights import load_student
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.inference.sampler import Sampler, image_grid
@@ -139,10 +138,7 @@ def _draw(
     ensure_ray()
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    quiet_data()
     rows = [{"batch": json.dumps(to_dict(batch))} for batch in batches]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Drawer,

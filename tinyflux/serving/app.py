@@ -14,8 +14,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 
-from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.ray_session import RaySession
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.client import EngineClient
@@ -25,11 +26,13 @@ from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
 from tinyflux.serving.registry import ReplicaRegistry
 from tinyflux.serving.replica import EngineReplica
+from tinyflux.util.files import warn_if_readable
 from tinyflux.util.text import last_line
 
 APP_NAME = "tinyflux"
 # Engines refuse what they have no room for, so nothing may wait where it cannot be refused.
 _UNBOUNDED = 100_000
+_DELETE_SECONDS = 60.0  # beyond the drawing
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -61,6 +64,8 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
     config.check_defaults()
     check_exposure(config)
     read_keys(config.api_keys_file)
+    if config.api_keys_file:
+        warn_if_readable(config.api_keys_file, "the API keys")
     names, at = list(served_models(config)), _deployment_name
     free = {"num_cpus": 0}  # they wait, engines work
     quiet = {"enable_access_log": False}  # the API's own log has every request
@@ -138,31 +143,36 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
 
     Raises:
         TinyFluxError: the checkpoint or the models cannot be opened, or the port is taken.
+        RayLostError: Ray died; what it started on this machine for this server is gone, too.
     """
-    import ray
-
     application, models = build_app(config, zoo), served_models(config)
     for checkpoint in models.values():
         # A mistake is told here, not by a replica that restarts for ever.
         open_engine(replace(config, checkpoint=checkpoint), zoo).close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    ensure_ray()
+    session = RaySession()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        if session.run(lambda: _start(config, application), stop=stop.is_set):
+            address = f"http://{config.host}:{config.port}"
+            print(f"serving {', '.join(models.values())} at {address} (docs at {address}/docs)",
+                  flush=True)  # fmt: skip
+            while not stop.wait(1.0):
+                session.check()
+            print("serving ends", flush=True)
+            # Drains; shutdown alone would cut requests off.
+            session.run(lambda: serve.delete(APP_NAME), config.timeout_s + _DELETE_SECONDS)
+    finally:
+        session.end(tidy=serve.shutdown)
+
+
+def _start(config: ServeConfig, application: serve.Application) -> None:
+    try:
         serve.start(http_options={"host": config.host, "port": config.port})
         serve.run(application, name=APP_NAME, route_prefix="/")
-        address = f"http://{config.host}:{config.port}"
-        print(f"serving {', '.join(models.values())} at {address} (docs at {address}/docs)",
-              flush=True)  # fmt: skip
-        stop.wait()
-        print("serving ends", flush=True)
-        serve.delete(APP_NAME)  # drains; shutdown alone would cut requests off
-    except (RuntimeError, OSError, ray.exceptions.RayError) as error:
+    except (RuntimeError, OSError, RayError) as error:
         raise TinyFluxError(f"the server could not start: {last_line(error)}") from error
-    finally:
-        serve.shutdown()
-        ray.shutdown()

@@ -2,13 +2,17 @@
 
 import errno
 import hashlib
+import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tinyflux.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 # No space, no quota, a file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,3 +62,21 @@ def full_disk_ends_run(run: str) -> Iterator[None]:
             f"cannot write to {run}: {error.strerror}; make room and run again, which continues "
             "from the latest checkpoint"
         ) from error
+
+
+def warn_if_readable(path: str | os.PathLike[str], what: str) -> None:
+    """Warn in one line of a secret in a file that others can read.
+
+    Where the file is another user's, such as root's, its group may be made for this process.
+
+    Args:
+        what: names the secret.
+    """
+    try:
+        status = Path(path).stat()
+    except OSError:  # whoever reads it says why it cannot be
+        return
+    mine = status.st_uid == os.geteuid()
+    others, mend = (stat.S_IRGRP | stat.S_IROTH, "600") if mine else (stat.S_IROTH, "o=")
+    if status.st_mode & others:
+        logger.warning("others can read %s: chmod %s %s", what, mend, path)

@@ -4,11 +4,14 @@ import hashlib
 import hmac
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 from tinyflux.errors import ConfigError
 from tinyflux.serving.config import ServeConfig
 
 MIN_KEY = 16  # characters
+# What OpenAPI calls an address that needs no key, beside what is told of all of them.
+KEYLESS: dict[str, Any] = {"security": [{}]}
 
 
 class ApiKeys:

@@ -15,10 +15,13 @@ from tinyflux.inference.events import Drawn, Step
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.events import Event
+from tinyflux.serving.http.auth import KEYLESS
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
-from tinyflux.serving.http.schemas import MAX_SEED, MOST, Count, Solver, Text
+from tinyflux.serving.http.schemas import Count, Guidance, Interval, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
+
+_SIDE = "pixels: a multiple of `limits.step` of GET /info, up to its `max_height` or `max_width`"
 
 
 class GenerateBody(BaseModel):
@@ -33,14 +36,12 @@ class GenerateBody(BaseModel):
     negative_prompt: Text = ""
     model: Text | None = Field(default=None, description="from GET /v1/models")
     num_steps: Count | None = None
-    guidance_scale: float | None = Field(default=None, ge=0, le=100)
-    height: Count | None = None
-    width: Count | None = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    guidance_scale: Guidance | None = None
+    height: Count | None = Field(default=None, description=_SIDE)
+    width: Count | None = Field(default=None, description=_SIDE)
+    seed: Seed | None = None
     solver: Solver = "euler"
-    preview_every: int = Field(
-        default=0, ge=0, le=MOST, description="steps between previews; 0 is none"
-    )
+    preview_every: Interval = Field(default=0, description="steps between previews; 0 is none")
 
 
 class ReloadBody(BaseModel):
@@ -107,12 +108,12 @@ def native_routes(studio: EngineClient) -> APIRouter:
             },
         }
 
-    @routes.get("/healthz")
+    @routes.get("/healthz", openapi_extra=KEYLESS)
     async def healthz() -> dict[str, str]:
         """Whether the server is alive."""
         return {"status": "ok"}
 
-    @routes.get("/readyz", responses=errors_of(503))
+    @routes.get("/readyz", responses=errors_of(503), openapi_extra=KEYLESS)
     async def readyz() -> dict[str, str]:
         """Whether every model can draw now."""
         for model in studio.models:

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from tinyflux.inference.events import Drawn, Step
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.events import Event
+from tinyflux.serving.http.auth import KEYLESS
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
-from tinyflux.serving.http.schemas import MAX_SEED, Count, Solver, Text
+from tinyflux.serving.http.schemas import Count, Guidance, Partial, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
 
@@ -39,19 +40,24 @@ class ImagesBody(BaseModel):
     prompt: Text = Field(min_length=1)
     model: Text | None = Field(default=None, description="from GET /v1/models")
     n: Count | None = Field(default=None, description="pictures; the i-th has seed + i")
-    size: Text | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto")
+    size: Text | None = Field(
+        default=None,
+        description="WIDTHxHEIGHT in pixels, as GET /info allows, or auto",
+        # Only told here: another text is answered as a size that cannot be drawn is.
+        json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
+    )
     response_format: Literal["b64_json", "url"] | None = None
-    stream: bool | None = None
-    partial_images: int | None = Field(default=None, ge=0, le=3)
+    stream: StrictBool | None = None
+    partial_images: Partial | None = None
     user: Text | None = Field(default=None, max_length=1000)
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     output_format: Literal["png"] | None = None
     negative_prompt: Text = ""
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed | None = None
     steps: Count | None = None
-    guidance: float | None = Field(default=None, ge=0, le=100)
+    guidance: Guidance | None = None
     solver: Solver = "euler"
 
 
@@ -118,6 +124,7 @@ def openai_routes(studio: EngineClient) -> APIRouter:
         "/images/files/{name}.png",
         response_class=Response,
         responses={200: {"content": {"image/png": {}}}, **errors_of(404)},
+        openapi_extra=KEYLESS,
     )
     async def file(name: Text) -> Response:
         """A picture that was asked for as `url`, for as long as it is kept."""

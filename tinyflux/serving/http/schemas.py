@@ -1,8 +1,8 @@
 """What the fields of both APIs may hold."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 MAX_SEED = 2**53 - 1  # what JSON numbers hold exactly
 MOST = 2**31 - 1  # steps, pixels or pictures, whatever the server's own limits are
@@ -26,5 +26,16 @@ def is_encodable(text: str) -> bool:
     return True
 
 
+def _number(value: Any) -> Any:
+    """Pydantic takes ``true`` and ``"2"`` for numbers; the schema that clients read does not."""
+    if isinstance(value, bool | str):
+        raise ValueError("must be a number")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=1, le=MOST), BeforeValidator(_number)]
+Interval = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), BeforeValidator(_number)]
+Guidance = Annotated[float, Field(ge=0, le=100), BeforeValidator(_number)]
+Partial = Annotated[int, Field(ge=0, le=3), BeforeValidator(_number)]
