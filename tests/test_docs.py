@@ -8,12 +8,12 @@ import pytest
 
 from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
 from tinyflux.cli.main import COMMANDS
-from tinyflux.config import RunConfig, _names
+from tinyflux.config import setting_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECTIONS = "data|zoo|cache|model|trainer|workers|sample|serve|cluster"
-SETTINGS = set(_names(RunConfig()))
+SETTINGS = setting_names()
 
 
 def links(page: Path) -> list[tuple[str, Path]]:

@@ -82,16 +82,20 @@ def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux train") -> 
     Raises:
         ConfigError: one sentence that names the key or value.
     """
-    names = set(_names(RunConfig()))
-    for argument in arguments:
-        if argument.startswith("--"):
-            _check_name(argument[2:].split("=", 1)[0], names | OPTIONS, "--")
-    for path in _config_files(arguments):
-        for name in _keys(_read_yaml(path)):
-            _check_name(name, names, f"{path}: ")
-    # The preset decides the model's defaults, so it is read first.
-    chosen = _parse(arguments, prog, TinyFluxConfig()).preset
-    values = _parse(arguments, prog, preset(chosen))
+    names = setting_names()
+    defaults = RunConfig()
+    for option, value in _options(arguments):
+        _check_name(option, names | OPTIONS, "--")
+        if option == "preset" and value:
+            defaults.preset = value
+        elif option == "config" and value:
+            settings = _read_yaml(value)
+            for name in _keys(settings):
+                _check_name(name, names, f"{value}: ")
+            defaults.preset = str(settings.get("preset", defaults.preset))
+    # The preset decides the model's defaults, so it is known before anything is parsed.
+    defaults.model = preset(defaults.preset)
+    values = _parse(arguments, prog, defaults)
     run = plain.from_dict(RunConfig, values.as_dict(), "the run's config")
     _resolve_paths(run)
     return run
@@ -134,7 +138,7 @@ class _Help(DefaultHelpFormatter):
         return "\n".join(indent + line for line in text.splitlines())
 
 
-def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
+def _parser(prog: str, defaults: RunConfig) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} --config FILE [--section.setting VALUE ...]",
@@ -148,17 +152,17 @@ def _parser(prog: str, model: TinyFluxConfig) -> ArgumentParser:
         for param in docstring_parser.parse(RunConfig.__doc__).params
     }
     for item in dataclasses.fields(RunConfig):
-        default: Any = getattr(RunConfig(), item.name)
-        if item.name == "model":
-            default = model
         parser.add_argument(
-            f"--{item.name}", type=item.type, default=default, help=sentences[item.name]
+            f"--{item.name}",
+            type=item.type,
+            default=getattr(defaults, item.name),
+            help=sentences[item.name],
         )
     return parser
 
 
-def _parse(arguments: Sequence[str], prog: str, model: TinyFluxConfig) -> Namespace:
-    parser = _parser(prog, model)
+def _parse(arguments: Sequence[str], prog: str, defaults: RunConfig) -> Namespace:
+    parser = _parser(prog, defaults)
     try:
         values = parser.parse_args(list(arguments))
     except ConfigError:
@@ -170,8 +174,12 @@ def _parse(arguments: Sequence[str], prog: str, model: TinyFluxConfig) -> Namesp
     return values
 
 
-def _names(value: Any, prefix: str = "") -> Iterator[str]:
+def setting_names() -> set[str]:
     """Dotted names of every setting and section, and ``name.*`` where any key is a setting."""
+    return set(_names(RunConfig()))
+
+
+def _names(value: Any, prefix: str = "") -> Iterator[str]:
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
         yield prefix + item.name
@@ -193,12 +201,12 @@ def _check_name(name: str, names: set[str], where: str) -> None:
         raise ConfigError(f"{where}{name} is not a setting{nearest(name, names)}")
 
 
-def _config_files(arguments: Sequence[str]) -> Iterator[str]:
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            yield arguments[index + 1]
-        elif argument.startswith("--config="):
-            yield argument.split("=", 1)[1]
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each ``--name=value`` or ``--name value`` in turn; the value is empty where none follows."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            yield name, value if equals else following
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

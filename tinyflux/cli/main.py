@@ -8,11 +8,11 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import tinyflux
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.util.logging import log_to_console
+from tinyflux.util.processes import exit_on_sigterm
 
 SETTINGS_HELP = "Settings are listed by `tinyflux train --help`."
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
@@ -90,27 +90,9 @@ def _first(
 
 
 def _toy(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="tinyflux toy")
-    commands = parser.add_subparsers(dest="command", required=True)
-    pictures = commands.add_parser("pictures", help="draw OpenMoji as a captioned picture folder")
-    pictures.add_argument("folder", type=Path)
-    pictures.add_argument("--size", type=int, default=32, help="side in pixels")
-    pictures.add_argument("--all", action="store_true", help="not only the demo's subset")
-    world = commands.add_parser("world", help="unpack the toy world of frozen models")
-    world.add_argument("folder", type=Path)
-    options = parser.parse_args(arguments)
-    if options.command == "pictures":
-        from tinyflux.toy.openmoji import ATTRIBUTION, in_demo, write_picture_folder
+    from tinyflux.cli.toy import toy
 
-        keep = (lambda _: True) if options.all else in_demo
-        count = sum(1 for _ in write_picture_folder(options.folder, options.size, keep))
-        subset = "every drawing without a skin tone" if options.all else "food, plants and shapes"
-        print(f"{count} captioned pictures ({subset}) of {options.size} px in {options.folder}")
-        print(ATTRIBUTION)
-    else:
-        from tinyflux.toy.world import unpack
-
-        print(f"toy world (trained on OpenMoji, ships with the package): {unpack(options.folder)}")
+    toy(arguments)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -136,6 +118,7 @@ def _run(arguments: Sequence[str]) -> None:
     file, rest = _first("tinyflux run FILE", arguments, "which run", what)
     from tinyflux.report.stages import run_file
 
+    exit_on_sigterm()
     print(run_file([file, *rest]))
 
 
@@ -145,6 +128,7 @@ def _demo(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     from tinyflux.demo.run import run_demo
 
+    exit_on_sigterm()
     print(run_demo(options.fresh))
 
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from tinyflux.config import RunConfig, keep_run_config, parse_run_config
 from tinyflux.errors import TinyFluxError
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import to_dict
+from tinyflux.util.processes import child_process
 from tinyflux.util.urls import join
 
 # Stages tell their progress themselves; no library's bars or requests between their lines.
@@ -131,7 +131,8 @@ def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
 
 def _call(stage: Stage, root: Path) -> None:
     command = [sys.executable, *stage.command]
-    code = subprocess.run(command, cwd=root, env={**os.environ, **QUIET}, check=False).returncode
+    with child_process(command, root, {**os.environ, **QUIET}) as child:
+        code = child.wait()
     if code:
         raise StageFailed(
             f"the stage '{stage.name}' ended with exit code {code}, see above; "
