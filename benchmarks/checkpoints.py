@@ -40,7 +40,8 @@ from tinyflux.trainer.checkpoint import STATE_FILE, TrainerState, step_directory
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
+from tinyflux.trainer.loop import StepData, TrainLoop
+from tinyflux.trainer.recorder import CheckpointKind, Recorder, RunPaths
 from tinyflux.trainer.step import TrainBatch
 from tinyflux.util.buckets import default_buckets
 
@@ -68,9 +69,9 @@ class TimedLoop(TrainLoop):
 
     stalls: list[float]
 
-    def _save(self, kind: str, upload: bool) -> None:
+    def save(self, kind: CheckpointKind, upload: bool) -> None:
         started = time.perf_counter()
-        super()._save(kind, upload)
+        super().save(kind, upload)
         self.stalls.append(time.perf_counter() - started)
 
 
@@ -109,14 +110,16 @@ class Run:
                     written.setdefault(saved, done - saved)
                 yield StepData([self.batch], done + 1, 0, done + 1, size=1)
 
+        config = dataclasses.replace(self.trainer, async_checkpoints=wanted)
+        paths = RunPaths(root, root / "samples", root / "tb", root / "metrics.jsonl")
         loop = TimedLoop(
             self.engine,
-            dataclasses.replace(self.trainer, async_checkpoints=wanted),
+            config,
             TrainerState(),
             self.ema,
-            RunPaths(root, root / "samples", root / "tb", root / "metrics.jsonl"),
             (self.batch.t5_embeds[0], self.batch.clip_pooled[0]),
             default_buckets(),
+            Recorder(config, paths),
         )
         loop.stalls = []
         loop.run(data())

@@ -55,10 +55,11 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
-from tinyflux.trainer.loop import RunPaths, TrainLoop
+from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.losses import compute_main_loss
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.step import teacher_features
 from tinyflux.trainer.validation import TIMES, HeldOut
 from tinyflux.util.config import to_dict
@@ -172,15 +173,15 @@ def train_student(
         measure_sol(model.sol_units, dataset, held_out_rows, config)
     ema = EMA(model, config.ema_decay)
     paths = RunPaths(*(folder / name for name in ("checkpoints", "samples", "board", "metrics")))
+    evaluator = Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)
     loop = TrainLoop(
         TorchEngine(model, config),
         config,
         TrainerState(seed=config.seed),
         ema,
-        paths,
         dataset.null_text,
         dataset.t_buckets,
-        InlineEvaluator(Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)),
+        Recorder(config, paths, InlineEvaluator(evaluator)),
     )
     steps = prefetch(worker_steps(dataset, held_out_rows, config, 0, 1, 0))
     try:

@@ -82,7 +82,7 @@ def train(
     """Some steps on one sample of 4 x 4 latents."""
     if loop is None:
         ema = EMA(engine.shard(), CONFIG.ema_decay)
-        loop = TrainLoop(engine, CONFIG, TrainerState(), ema, None, None, default_buckets())
+        loop = TrainLoop(engine, CONFIG, TrainerState(), ema, None, default_buckets())
     batch = TrainBatch(
         latents=torch.randn(1, config.in_channels, 4, 4),
         t5_embeds=torch.randn(1, config.max_text_length, config.t5_hidden_size),
@@ -90,7 +90,7 @@ def train(
         positions=torch.zeros(1, dtype=torch.int64),
     )
     for _ in range(steps):
-        loop._step(StepData([batch], 0, 0, 0, size=dist.get_world_size()))
+        loop.step(StepData([batch], 0, 0, 0, size=dist.get_world_size()))
     return loop
 
 

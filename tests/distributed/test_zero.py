@@ -87,7 +87,7 @@ def worker(rank, world, port, arms, folder):
             shadow = dict(engine.split(checkpoint.shadow))
             ema.load_state_dict({"decay": CONFIG.ema_decay, "shadow": shadow})
             engine.load_optimizer_state(checkpoint.optimizer)
-        loop = TrainLoop(engine, CONFIG, state, ema, None, None, default_buckets())
+        loop = TrainLoop(engine, CONFIG, state, ema, None, default_buckets())
         for step in range(state.step, state.step + STEPS):
             whole = batch_at(step)
             mine = cut(range(BATCH), world)[rank]
@@ -96,7 +96,7 @@ def worker(rank, world, port, arms, folder):
             ]  # fmt: skip
             seen = (step + 1) * BATCH
             item = StepData([part for part in parts if len(part)], seen, 0, 0, BATCH)
-            loop._step(item)
+            loop.step(item)
             state.step += 1
         weights, shadow = loop.whole_weights()
         optimizer = engine.optimizer_state()

@@ -96,7 +96,7 @@ def test_no_token_of_the_environment_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb_secret")
     told = []
     monkeypatch.setattr(
-        "tinyflux.trainer.loop.open_trackers", lambda *arguments: told.append(arguments) or []
+        "tinyflux.trainer.recorder.open_trackers", lambda *arguments: told.append(arguments) or []
     )
     make_trainer(tmp_path).train()
     assert told

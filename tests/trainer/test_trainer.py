@@ -27,7 +27,7 @@ from tests.fixtures.trainers import (
     shadow,
     weights,
 )
-from tests.fixtures.waiting import PATIENCE
+from tests.fixtures.waiting import PATIENCE, wait_for
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -53,12 +53,11 @@ from tinyflux.util.buckets import default_buckets
 
 
 def test_training_lowers_every_loss(tmp_path):
-    trainer = make_trainer(
-        tmp_path, 6, learning_rate=3e-3, total_steps=80, validate_every=80, text_dropout=0.0
-    )
-    trainer._cache.batch.latents[:] = 2.0
-    seen = HeldOut([trainer._cache.batch], [[str(index) for index in range(12)]])
-    trainer.setup(trainer._dataloader, trainer._cache, held_out=seen)
+    data = Encodings()
+    data.batch.latents[:] = 2.0
+    seen = HeldOut([data.batch], [[str(index) for index in range(12)]])
+    changes = {"learning_rate": 3e-3, "total_steps": 80, "validate_every": 80, "text_dropout": 0.0}
+    trainer = make_trainer(tmp_path, 6, data, held_out=seen, **changes)
     trainer.train(epochs=100)
     assert trainer.current_step == 80
     records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
@@ -112,12 +111,12 @@ def test_the_ema_warms_up_unless_it_is_told_not_to(tmp_path, warmup):
     by_hand = EMA(trainer.model, 0.3)
 
     def data():
-        for step, item in enumerate(trainer._steps(9)):
+        for step, item in enumerate(trainer.steps(9)):
             yield item
             # The loop asks for the next step's data when it is done with this one.
             by_hand.update(trainer.model, min(0.3, (1 + step) / (10 + step)) if warmup else None)
 
-    trainer._loop.run(data())
+    trainer.loop.run(data())
     # The last step is followed by no question for data.
     by_hand.update(trainer.model, 0.3)
     assert trainer.current_step == 6
@@ -200,9 +199,9 @@ def test_broken_and_foreign_checkpoints_are_refused_and_change_nothing(tmp_path)
 def test_a_snapshot_is_written_as_the_run_stood_byte_for_byte(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.train()
-    optimizer = trainer._engine.optimizer_state()
+    optimizer = trainer.loop.engine.optimizer_state()
     weights, shadow = trainer.model.state_dict(), trainer.ema.shadow
-    contents = CheckpointData(trainer.model, weights, shadow, 0.9, optimizer, trainer._state)
+    contents = CheckpointData(trainer.model, weights, shadow, 0.9, optimizer, trainer.loop.state)
     snapshot = contents.snapshot()
     save_checkpoint(tmp_path / "now", contents)
     trainer.train()  # changes weights, EMA, optimizer state and step in place
@@ -259,19 +258,19 @@ def test_training_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path, monk
         assert disk.wait(PATIENCE)
         save_checkpoint(directory, contents)
 
-    monkeypatch.setattr("tinyflux.trainer.loop.save_checkpoint", slow)
+    monkeypatch.setattr("tinyflux.trainer.recorder.save_checkpoint", slow)
     trainer = make_trainer(tmp_path / "b", total_steps=6, save_every_steps=3, **constant)
     root = tmp_path / "b" / "checkpoints"
 
     def data():
-        for item in trainer._steps(9):
+        for item in trainer.steps(9):
             if trainer.current_step == 5:  # two steps past the checkpoint that is still unwritten
                 assert begun == ["step_00000003"]
                 assert latest_checkpoint(root) is None
                 disk.set()
             yield item
 
-    trainer._loop.run(data())
+    trainer.loop.run(data())
     assert begun == ["step_00000003", "step_00000006"]
     assert latest_checkpoint(root) == root / "step_00000006"
 
@@ -297,10 +296,10 @@ def test_a_disk_that_is_full_in_the_thread_ends_the_run_with_the_sentence(
         raise OSError(28, "No space left on device")
 
     def data():
-        for item in trainer._steps(9):
+        for item in trainer.steps(9):
             if trainer.current_step == failing:
                 assert failed.wait(PATIENCE)
-                trainer._loop._writer._pool.submit(int).result()  # the one before it is done
+                wait_for(lambda: not trainer.loop.recorder.writing)
             yield item
 
     monkeypatch.setattr("tinyflux.trainer.checkpoint.save_file", full)
@@ -309,7 +308,7 @@ def test_a_disk_that_is_full_in_the_thread_ends_the_run_with_the_sentence(
         "earlier checkpoints are intact"
     )
     with pytest.raises(CheckpointError, match=message):
-        trainer._loop.run(data())
+        trainer.loop.run(data())
     assert trainer.current_step == failing  # the next step was not made
     earlier = [f"step_{step:08d}" for step in range(2, failing, 2)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == earlier
@@ -329,15 +328,15 @@ def test_an_error_in_training_waits_for_the_checkpoint_and_is_the_one_raised(
             save_checkpoint(directory, contents)
 
         def data(trainer, begun=begun, disk=disk):
-            yield from islice(trainer._steps(9), 2)
+            yield from islice(trainer.steps(9), 2)
             assert begun.wait(PATIENCE)
             threading.Timer(0.2, disk.set).start()
             raise InputError("broken sample")
 
-        monkeypatch.setattr("tinyflux.trainer.loop.save_checkpoint", slow)
+        monkeypatch.setattr("tinyflux.trainer.recorder.save_checkpoint", slow)
         trainer = make_trainer(tmp_path / name, save_every_steps=2)
         with pytest.raises(InputError, match="broken sample"):
-            trainer._loop.run(data(trainer))
+            trainer.loop.run(data(trainer))
         found = latest_checkpoint(tmp_path / name / "checkpoints")
         assert (found is None) == fails
         assert ("cannot write checkpoint" in caplog.text) == fails
@@ -424,9 +423,10 @@ def test_logs_on_a_full_disk_end_the_run_with_one_sentence(tmp_path):
 
 
 def test_non_finite_gradients_are_skipped_and_then_end_the_run(tmp_path):
-    trainer = make_trainer(tmp_path, max_nonfinite_steps=3, total_steps=50)
+    data = Encodings()
+    data.batch.latents[:] = float("inf")
+    trainer = make_trainer(tmp_path, data=data, max_nonfinite_steps=3, total_steps=50)
     before = weights(trainer)
-    trainer._dataloader.dataset.batch.latents[:] = float("inf")
     with pytest.raises(TrainingError, match="not finite for 3 steps in a row"):
         trainer.train(epochs=20)
     assert torch.equal(weights(trainer), before)
@@ -435,30 +435,32 @@ def test_non_finite_gradients_are_skipped_and_then_end_the_run(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_one_bad_batch_costs_one_step(tmp_path, optimizer):
-    trainer = make_trainer(tmp_path, optimizer=optimizer, batch_size=3)
-    trainer._dataloader.dataset.batch.latents[4] = float("nan")
+    data = Encodings()
+    data.batch.latents[4] = float("nan")
+    trainer = make_trainer(tmp_path, data=data, optimizer=optimizer)
     trainer.train(epochs=3)
     assert weights(trainer).isfinite().all()
-    assert trainer._engine.skips.read()[0] == 3
+    assert trainer.loop.engine.skips.read()[0] == 3
     records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
     assert records[-1]["skipped_steps"] == 3
     assert "NaN" not in json.dumps(records)
 
 
+def draws(trainer):
+    return Sampler(FakeZoo(), trainer.model, trainer.ema, "cpu", torch.float32)
+
+
 def test_samples_validation_and_their_logs(tmp_path):
-    batch = make_batch()
     trainer = make_trainer(
         tmp_path,
+        sampler=draws,
+        held_out=HeldOut([make_batch()[:3]], [["a", "b", "c"]]),
         sample_every=2,
         sample_prompts=["a cat", "a dog"],
         sample_steps=2,
         validate_every=2,
         total_steps=4,
     )
-    sampler = Sampler(FakeZoo(), trainer.model, trainer.ema, "cpu", torch.float32)
-    loader, cache = trainer._dataloader, trainer._cache
-    held_out = HeldOut([batch[:3]], [["a", "b", "c"]])
-    trainer.setup(loader, cache, sampler, held_out=held_out)
     trainer.train(epochs=9)
     assert sorted(p.name for p in (tmp_path / "samples").glob("*.png")) == [
         "step_00000002.png",
@@ -474,13 +476,13 @@ def test_neither_samples_nor_validation_change_training(tmp_path):
     plain = make_trainer(tmp_path / "a")
     plain.train(epochs=2)
     watched = make_trainer(
-        tmp_path / "b", sample_every=1, sample_prompts=["a cat"], sample_steps=1, validate_every=1
-    )
-    sampler = Sampler(FakeZoo(), watched.model, watched.ema, "cpu", torch.float32)
-    batch = make_batch()
-    # The null caption would come from the sampler's zoo.
-    watched.setup(
-        watched._dataloader, watched._cache, sampler, NULL_TEXT, HeldOut([batch[:2]], [["a", "b"]])
+        tmp_path / "b",
+        sampler=draws,
+        held_out=HeldOut([make_batch()[:2]], [["a", "b"]]),
+        sample_every=1,
+        sample_prompts=["a cat"],
+        sample_steps=1,
+        validate_every=1,
     )
     watched.train(epochs=2)
     assert torch.equal(weights(plain), weights(watched))
@@ -547,7 +549,7 @@ def encodings(null=None, size=4):
 
 def null_of(trainer):
     """T5 and pooled embeddings that dropped captions are trained on, as one ``[L * D + P]``."""
-    return torch.cat([part.flatten() for part in trainer._loop.null_text])
+    return torch.cat([part.flatten() for part in trainer.loop.null_text])
 
 
 ONES = (torch.ones(5, 24), torch.ones(12))
@@ -625,14 +627,14 @@ def test_samples_of_several_datasets_must_say_of_which_they_are(tmp_path):
         trainer.train()
     numbered = ConcatDataset([Numbered(encodings(ONES), 0), Numbered(encodings(ONES), 5)])
     trainer.setup(DataLoader(numbered, batch_size=8), cache)
-    (item,) = trainer._steps(1)
+    (item,) = trainer.steps(1)
     assert item.micro_batches[0].lune[:, 0, 0].tolist() == [1.0] * 4 + [2.0] * 4
 
 
 def test_the_only_dataset_need_not_be_named_whatever_its_id(tmp_path):
     trainer = Trainer(TinyFluxDeep(MODEL), settings(tmp_path))
     trainer.setup(DataLoader(encodings(ONES), batch_size=4), MultiSourceCache().add(taught(3), 7))
-    (item,) = trainer._steps(1)
+    (item,) = trainer.steps(1)
     assert (item.micro_batches[0].lune == 3).all()
 
 

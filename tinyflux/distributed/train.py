@@ -11,6 +11,7 @@ uploaded with each checkpoint.
 
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import shutil
@@ -65,19 +66,23 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluator
-from tinyflux.trainer.loop import RunPaths, TrainLoop
-from tinyflux.trainer.metrics import best_record, read_metrics
+from tinyflux.trainer.loop import TrainLoop
+from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.trackers import check_trackers
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write, full_disk_ends_run
+from tinyflux.util.logging import log_to_console
 from tinyflux.util.text import first_line, last_line
 from tinyflux.util.urls import is_url, join
 
 FINISHED = "training.json"  # in final/, written last
 CARD, GRID = "README.md", "samples.png"
 LOCK = ".training.lock"
+
+logger = logging.getLogger(__name__)
 
 
 class TrainRun(Protocol):
@@ -174,7 +179,7 @@ def train(run: TrainRun, begin: Callable[[], None] = lambda: None) -> str:
     final = join(job.run_dir, "final")
     if _finished(job):
         begin()
-        print(f"training is finished: {final}", flush=True)
+        logger.info("training is finished: %s", final)
         return final
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
@@ -299,6 +304,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    log_to_console()
     job = from_dict(_Job, settings, "the training job")
     if job.folder.size(job.error_file) is not None:
         return  # restarted after a failure that no restart mends; train() raises it
@@ -349,22 +355,21 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         ema.load_state_dict({"decay": config.ema_decay, "shadow": shadow})
         engine.load_optimizer_state(checkpoint.optimizer)
         if main:
-            print(f"continuing from {path}", flush=True)
+            logger.info("continuing from %s", path)
     del checkpoint
 
     wanted = config.validate_every or (config.sample_every and config.sample_prompts)
-    loop = TrainLoop(
-        engine,
-        config,
-        state,
-        ema,
-        paths if main else None,
-        data.null_text if config.text_dropout > 0 else None,
-        data.t_buckets,
-        _beside(job) if main and wanted else None,
-        [RayMetrics(job.root)] if main else [],
-        mirror.push_if_reached if mirror is not None else lambda: None,
-    )
+    recorder = None
+    if main:
+        recorder = Recorder(
+            config,
+            paths,
+            _beside(job) if wanted else None,
+            [RayMetrics(job.root)],
+            mirror.push_if_reached if mirror is not None else lambda: None,
+        )
+    null_text = data.null_text if config.text_dropout > 0 else None
+    loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder)
     steps = prefetch(worker_steps(data, held_out, config, rank, world_size, state.samples_seen))
     try:
         loop.run(steps)
@@ -381,12 +386,8 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
             uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
             uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *given))
             uploader.close()
-    if main and (best := best_record(read_metrics(paths.metrics))) is not None:
-        print(
-            f"the EMA was best at step {best['step']}: held-out velocity "
-            f"{best['val_velocity_ema']:.4f}; final is of step {state.step}",
-            flush=True,
-        )
+    if recorder is not None:
+        recorder.mark_best(state.step)
     if mirror is not None:
         mirror.push()
         shutil.rmtree(job.root, ignore_errors=True)

@@ -22,8 +22,9 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
-from tinyflux.trainer.loop import RunPaths, StepData, TrainLoop
+from tinyflux.trainer.loop import StepData, TrainLoop
 from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.step import SOL_SAMPLES, TrainBatch, as_module
 from tinyflux.trainer.validation import HeldOut
 from tinyflux.util.buckets import default_buckets
@@ -76,6 +77,17 @@ class Trainer:
         """Optimizer steps done."""
         return self._state.step
 
+    @property
+    def loop(self) -> TrainLoop:
+        """What runs the steps: its ``run`` trains on the data that it is given.
+
+        Raises:
+            TrainingError: :meth:`setup` was not called.
+        """
+        if self._loop is None:
+            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+        return self._loop
+
     def setup(
         self,
         dataloader: DataLoader[Any],
@@ -118,20 +130,21 @@ class Trainer:
         t_buckets = getattr(cache, "t_buckets", None)
         buckets = default_buckets() if t_buckets is None else t_buckets
         config = self.config
+        paths = RunPaths(
+            checkpoints=Path(config.checkpoint_dir),
+            samples=Path(config.sample_dir),
+            tensorboard=Path(config.tensorboard_dir),
+            metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
+        )
+        evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler)
         self._loop = TrainLoop(
             self._engine,
             config,
             self._state,
             self._ema,
-            RunPaths(
-                checkpoints=Path(config.checkpoint_dir),
-                samples=Path(config.sample_dir),
-                tensorboard=Path(config.tensorboard_dir),
-                metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
-            ),
             null_text,
             buckets,
-            InlineEvaluator(Evaluator(self.model, self._ema, config, buckets, held_out, sampler)),
+            Recorder(config, paths, InlineEvaluator(evaluator)),
         )
 
     def _measure_sol(self, cache: FeatureSource | None) -> None:
@@ -155,8 +168,7 @@ class Trainer:
         Raises:
             TrainingError: :meth:`setup` was not called, or gradients stayed non-finite.
         """
-        if self._loop is None:
-            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+        loop = self.loop
         device = next(self.model.parameters()).device
         if device != self._device:
             raise TrainingError(
@@ -165,9 +177,9 @@ class Trainer:
             )
         units = self.model.sol_units if self.config.enable_sol else None
         self._lacks_units = units is not None and not units.measured
-        data = prefetch(self._steps(epochs))
+        data = prefetch(self.steps(epochs))
         try:
-            self._loop.run(data)
+            loop.run(data)
         finally:
             data.close()  # type: ignore[attr-defined]
 
@@ -201,8 +213,8 @@ class Trainer:
         for name, value in vars(checkpoint.state).items():
             setattr(self._state, name, value)
 
-    def _steps(self, epochs: int) -> Iterator[StepData]:
-        """The data of each optimizer step from where the run stands."""
+    def steps(self, epochs: int) -> Iterator[StepData]:
+        """The data of each optimizer step of ``epochs`` passes, from where the run stands."""
         seen, skip = self._state.samples_seen, self._state.epoch_batches
         first = self._state.epoch
         for epoch in range(first, first + epochs):

@@ -23,9 +23,14 @@ class BackgroundWriter:
         self.wait()
         self._pending = self._pool.submit(write)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a write is under way."""
+        return self._pending is not None and not self._pending.done()
+
     def check(self) -> None:
         """Raise the error of a write that has failed; never waits."""
-        if self._pending is not None and self._pending.done():
+        if not self.busy:
             self.wait()
 
     def wait(self) -> None:
