@@ -76,14 +76,14 @@ async def client(
         started = time.monotonic()
         counts["sent"] += 1
         try:
-            ticket = engine.submit(request)
-            async for event in ticket.events():
+            handle = engine.submit(request)
+            async for event in handle.events():
                 if isinstance(event, Drawn):
-                    image = ticket.result()
+                    image = handle.result()
                     fits = image.shape == (3, request.height, request.width)
                     counts["pictures" if fits and image.isfinite().all() else "wrong"] += 1
                 elif cancels:
-                    ticket.cancel()
+                    handle.cancel()
         except ServingError as error:
             given_up = cancels and "cancelled" in str(error)
             counts["cancelled" if given_up else "errors"] += 1

@@ -1,6 +1,7 @@
 """The HTTP side's parts that need no server."""
 
 import asyncio
+import time
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
+from tinyflux.serving.image_store import ImageStore
 from tinyflux.serving.metrics import size_label
 from tinyflux.serving.registry import ReplicaRegistry
 from tinyflux.serving.replica import signature
@@ -229,33 +231,27 @@ def test_ray_serves_own_command_refuses_such_a_config_too(tmp_path):
         app({**arguments, "serve.default_steps": "101"})
 
 
-def test_the_board_keeps_so_many_pictures_for_so_long():
-    async def kept(config, count, pause=0.0):
-        board = ReplicaRegistry(config)
-        names = [await board.keep(bytes([index])) for index in range(count)]
-        await asyncio.sleep(pause)
-        return names, [await board.kept(name) for name in names]
+def test_so_many_pictures_are_kept_for_so_long():
+    def kept(store, count, pause=0.0):
+        names = [store.keep(bytes([index])) for index in range(count)]
+        time.sleep(pause)
+        return names, [store.kept(name) for name in names]
 
-    names, pictures = asyncio.run(kept(ServeConfig(keep_pictures=2), 4))
+    names, pictures = kept(ImageStore(2, 3600.0), 4)
     assert pictures == [None, None, b"\x02", b"\x03"]
     assert len(set(names)) == 4
     assert min(map(len, names)) >= 32
-    assert asyncio.run(kept(ServeConfig(keep_seconds=0.01), 1, 0.05))[1] == [None]
+    assert kept(ImageStore(256, 0.01), 1, 0.05)[1] == [None]
 
 
 def test_a_call_to_reload_reaches_every_replica_of_its_model():
-    async def told():
-        board = ReplicaRegistry(ServeConfig())
-        before = await board.report("a", "a1", {})
-        await board.call_reload("a")
-        after = [await board.report(*who, {}) for who in (("a", "a1"), ("a", "a2"), ("b", "b1"))]
-        return before, after, await board.present()
-
-    before, after, present = asyncio.run(told())
-    assert before is None
+    registry = ReplicaRegistry()
+    assert registry.report("a", "a1", {}) is None
+    registry.call_reload("a")
+    after = [registry.report(*who, {}) for who in (("a", "a1"), ("a", "a2"), ("b", "b1"))]
     assert after[0] is not None
     assert after == [after[0], after[0], None]
-    assert [said["replica"] for said in present] == ["a1", "a2", "b1"]
+    assert [said["replica"] for said in registry.present()] == ["a1", "a2", "b1"]
 
 
 def test_a_checkpoint_that_was_replaced_is_seen(tmp_path):

@@ -129,7 +129,7 @@ def assert_guarded(processes):
                     addresses.add((one.laddr.ip.removeprefix("::ffff:"), one.laddr.port))
     assert len(addresses) > 10
     open_ports = [port for ip, port in addresses if ip not in ("127.0.0.1", "::1")]
-    assert len(open_ports) <= 3, addresses  # the API, the model and the board
+    assert len(open_ports) <= 3, addresses  # the API, the model and what they share
     for port in open_ports:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")

@@ -28,8 +28,8 @@ from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.errors import ApiError
 from tinyflux.serving.http.native import GenerateBody, ReloadBody
 from tinyflux.serving.http.openai import ImagesBody
-from tinyflux.serving.registry import ReplicaRegistry
 from tinyflux.serving.replica import EngineReplica
+from tinyflux.serving.shared import SharedState
 
 # The replica's own threads draw from `random` (Ray Serve's request ids) while hypothesis draws.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -38,16 +38,16 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory) -> EngineClient:
+def client(tmp_path_factory) -> EngineClient:
     place = make_place(tmp_path_factory.mktemp("odd"))
     config = ServeConfig(
         checkpoint=str(place / "model"), default_size=16, default_steps=2, default_guidance=2.0,
         max_steps=4, max_height=8, max_width=8,
     )  # fmt: skip
     zoo = zoo_config(place / "world")
-    shared = serve.deployment(ReplicaRegistry).options(name="board").bind(config)
-    painter = serve.deployment(EngineReplica).options(name="model")
-    painted = painter.bind(config, zoo, "tinyflux", config.checkpoint, shared)
+    shared = serve.deployment(SharedState).options(name="shared").bind(config)
+    replica = serve.deployment(EngineReplica).options(name="model")
+    engine = replica.bind(config, zoo, "tinyflux", config.checkpoint, shared)
     me = context.ReplicaContext(
         ReplicaID("here", DeploymentID("model", "tinyflux")), None, None, None, 1
     )
@@ -55,14 +55,14 @@ def studio(tmp_path_factory) -> EngineClient:
         patch.setattr(serve, "get_replica_context", lambda: me)  # there is none in threads
         # As `serve.run(_local_testing_mode=True)`: replicas are threads here, and no Ray is there.
         handles = build_app(
-            painted, name="tinyflux", make_deployment_handle=make_local_deployment_handle
+            engine, name="tinyflux", make_deployment_handle=make_local_deployment_handle
         ).deployment_handles
-    return EngineClient(config, {"tinyflux": handles["model"]}, handles["board"])
+    return EngineClient(config, {"tinyflux": handles["model"]}, handles["shared"])
 
 
 @pytest.fixture(scope="module")
-def api(studio) -> FastAPI:
-    return make_api(studio)
+def api(client) -> FastAPI:
+    return make_api(client)
 
 
 def ask(api: FastAPI, request: httpx.Request) -> httpx.Response:
@@ -139,11 +139,11 @@ def test_every_error_is_told_as_it_is(api):
                     assert ref.endswith("/ErrorBody"), f"{method} {path} {status}"
 
 
-def test_the_pages_say_which_addresses_need_a_key(studio, tmp_path):
+def test_the_pages_say_which_addresses_need_a_key(client, tmp_path):
     (tmp_path / "keys").write_text("a-key-of-the-tests-0123456789\n")
     (tmp_path / "keys").chmod(0o600)
-    guarded = copy(studio)
-    guarded.config = replace(studio.config, api_keys_file=str(tmp_path / "keys"))
+    guarded = copy(client)
+    guarded.config = replace(client.config, api_keys_file=str(tmp_path / "keys"))
     api = make_api(guarded)
     for path, methods in api.openapi()["paths"].items():
         for method, says in methods.items():
@@ -223,22 +223,22 @@ def test_the_schema_knows_which_sizes_there_can_be(api):
         (5, "the server failed at this request"),  # the replica's own code cannot
     ],
 )
-def test_a_request_that_fails_by_itself_is_no_lost_replica(studio, caplog, prompt, message):
+def test_a_request_that_fails_by_itself_is_no_lost_replica(client, caplog, prompt, message):
     request = SampleRequest(prompt, "", 2, 2.0, 16, 16, 0)
     with pytest.raises(ApiError, match=message) as refused:
-        asyncio.run(studio.picture("tinyflux", request))
+        asyncio.run(client.picture("tinyflux", request))
     assert refused.value.status == 500
     assert refused.value.retry_after is None, "another try would fail in the same way"
     assert "was lost" not in caplog.text
     good = SampleRequest("red circle", "", 2, 2.0, 16, 16, 0)
-    assert asyncio.run(studio.picture("tinyflux", good))
+    assert asyncio.run(client.picture("tinyflux", good))
     assert not ray.is_initialized()
 
 
-def test_a_streams_listener_is_told_of_what_fails_by_itself(studio):
+def test_a_streams_listener_is_told_of_what_fails_by_itself(client):
     async def told() -> list[object]:
         request = SampleRequest("red \ud800 circle", "", 2, 2.0, 16, 16, 0)
-        events = studio.draw("tinyflux", request)
+        events = client.draw("tinyflux", request)
         first = await anext(events)
         with pytest.raises(ApiError, match="the picture failed while"):
             await anext(events)

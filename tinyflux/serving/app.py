@@ -1,7 +1,7 @@
 """The server: Ray Serve deployments, and the command that runs them.
 
-``api`` answers HTTP and calls ``model-NAME``, whose replicas hold an engine each; ``board`` is what
-they share.
+``api`` answers HTTP and calls ``model-NAME``, whose replicas hold an engine each; ``shared`` holds
+what they share.
 """
 
 import logging
@@ -24,8 +24,8 @@ from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
 from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
-from tinyflux.serving.registry import ReplicaRegistry
 from tinyflux.serving.replica import EngineReplica
+from tinyflux.serving.shared import SharedState
 from tinyflux.util.files import warn_if_readable
 from tinyflux.util.text import last_line
 
@@ -72,18 +72,18 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
 
     def api() -> FastAPI:
         app = serve.get_replica_context().app_name
-        painters = {name: serve.get_deployment_handle(at(name), app) for name in names}
-        return make_api(EngineClient(config, painters, serve.get_deployment_handle("board", app)))
+        engines = {name: serve.get_deployment_handle(at(name), app) for name in names}
+        return make_api(EngineClient(config, engines, serve.get_deployment_handle("shared", app)))
 
-    board = serve.deployment(ReplicaRegistry).options(
-        name="board",
+    state = serve.deployment(SharedState).options(
+        name="shared",
         num_replicas=1,
         ray_actor_options=free,
         max_ongoing_requests=_UNBOUNDED,
         logging_config=quiet,
     )
-    shared = board.bind(config)
-    painters = [
+    shared = state.bind(config)
+    engines = [
         serve.deployment(EngineReplica)
         .options(
             name=at(name),
@@ -108,7 +108,7 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.timeout_s,
     )
     # Bound for their place in the application: the API finds them by name.
-    return door.bind(shared, *painters)
+    return door.bind(shared, *engines)
 
 
 def _deployment_name(model: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from tinyflux.inference.config import PixelLimits
 from tinyflux.inference.events import Drawn, Step
@@ -29,20 +30,22 @@ class EngineClient:
     """Draws with whichever replica has room.
 
     Args:
-        painters: handles of :class:`~tinyflux.serving.replica.EngineReplica` by model; the first is
+        engines: handles of :class:`~tinyflux.serving.replica.EngineReplica` by model; the first is
             for requests that name none.
-        board: the handle of :class:`~tinyflux.serving.registry.Board`.
+        shared: the handle of :class:`~tinyflux.serving.shared.SharedState`.
     """
 
-    def __init__(self, config: ServeConfig, painters: dict[str, Any], board: Any):
-        self.config, self._painters, self._board = config, painters, board
+    def __init__(
+        self, config: ServeConfig, engines: dict[str, DeploymentHandle], shared: DeploymentHandle
+    ):
+        self.config, self._engines, self._shared = config, engines, shared
         self._metrics = PictureMetrics()
         self._limits: dict[str, PixelLimits] = {}
 
     @property
     def models(self) -> list[str]:
         """Names of what is served, the default first."""
-        return list(self._painters)
+        return list(self._engines)
 
     def choose(self, model: str | None) -> str:
         """The model that a request means.
@@ -52,7 +55,7 @@ class EngineClient:
         """
         if model is None:
             return self.models[0]
-        if model not in self._painters:
+        if model not in self._engines:
             known = ", ".join(self.models)
             raise ApiError(
                 404, f"there is no model '{model:.60}': {known}", "model", "model_not_found"
@@ -132,38 +135,38 @@ class EngineClient:
     async def limits(self, model: str) -> PixelLimits:
         """The sizes that can be asked of a model."""
         if model not in self._limits:
-            self._limits[model] = await self._painters[model].limits.remote()
+            self._limits[model] = await self._engines[model].limits.remote()
         return self._limits[model]
 
     async def ready(self, model: str) -> bool:
         """Whether a replica of ``model`` answers now."""
         try:
-            await asyncio.wait_for(self._painters[model].limits.remote(), READY_SECONDS)
+            await asyncio.wait_for(self._engines[model].limits.remote(), READY_SECONDS)
         except Exception:  # whatever is wrong, it is not ready
             return False
         return True
 
     async def keep(self, png: bytes) -> str:
         """Keep a picture for a while; its name."""
-        return await self._board.keep.remote(png)
+        return await self._shared.keep.remote(png)
 
     async def kept(self, name: str) -> bytes | None:
         """A picture by its name, if it is still kept."""
-        return await self._board.kept.remote(name)
+        return await self._shared.kept.remote(name)
 
     async def reload(self, model: str) -> None:
         """Have every replica of ``model`` read its checkpoint again."""
-        await self._board.call_reload.remote(model)
+        await self._shared.call_reload.remote(model)
 
     async def replicas(self) -> list[dict[str, Any]]:
         """What every replica says of itself."""
-        return await self._board.present.remote()
+        return await self._shared.present.remote()
 
     async def _once(
         self, model: str, request: SampleRequest, every_step: bool, started: float
     ) -> AsyncGenerator[Event, None]:
         """One try; it is cancelled at the replica when nobody listens any more."""
-        stream = self._painters[model].options(stream=True).draw.remote(request, every_step)
+        stream = self._engines[model].options(stream=True).draw.remote(request, every_step)
         events, ended = aiter(stream), False
         try:
             while not ended:

@@ -5,9 +5,9 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from tinyflux.distributed.weights import load_student, signature
 from tinyflux.errors import InputError, OverloadedError, ServingError, TinyFluxError
@@ -35,13 +35,20 @@ class EngineReplica:
 
     Args:
         name: the model's, as requests say it.
-        checkpoint: what it serves; read again when the board calls for it, or when it changes
+        checkpoint: what it serves; read again when the registry calls for it, or when it changes
             and ``config.watch_checkpoint`` is set.
-        board: the handle of :class:`~tinyflux.serving.registry.Board`.
+        shared: the handle of :class:`~tinyflux.serving.shared.SharedState`.
     """
 
-    def __init__(self, config: ServeConfig, zoo: ZooConfig, name: str, checkpoint: str, board: Any):
-        self._name, self._checkpoint, self._board = name, checkpoint, board
+    def __init__(
+        self,
+        config: ServeConfig,
+        zoo: ZooConfig,
+        name: str,
+        checkpoint: str,
+        shared: DeploymentHandle,
+    ):
+        self._name, self._checkpoint, self._shared = name, checkpoint, shared
         self._watch = config.watch_checkpoint
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(name)
@@ -113,15 +120,15 @@ class EngineReplica:
                 self._reload()
 
     def _report(self, last: str | None) -> str | None:
-        """Tell the board how it goes; its call to reload, or ``last`` if it does not answer."""
+        """Tell the registry how it goes; its call to reload, or ``last`` if it does not answer."""
         stats = self._engine.stats()
         self._metrics.tell(stats)
         figures = {**stats, "reloads": self._reloads, "last_error": self._last_error}
         try:
-            report = self._board.report.remote(self._name, self._replica, figures)
+            report = self._shared.report.remote(self._name, self._replica, figures)
             return report.result(timeout_s=REPORT_SECONDS) or last
-        except Exception as error:  # a board that restarts is asked again
-            logger.warning("the board does not answer: %s", type(error).__name__)
+        except Exception as error:  # a registry that restarts is asked again
+            logger.warning("the registry does not answer: %s", type(error).__name__)
             return last
 
     def _changed(self) -> bool:

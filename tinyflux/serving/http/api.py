@@ -14,8 +14,8 @@ from tinyflux.serving.http.openai import openai_routes
 from tinyflux.serving.http.page import page_routes
 
 
-def make_api(studio: EngineClient) -> FastAPI:
-    """Routes, errors and limits around ``studio``; ``/docs`` needs nothing from elsewhere."""
+def make_api(client: EngineClient) -> FastAPI:
+    """Routes, errors and limits around ``client``; ``/docs`` needs nothing from elsewhere."""
     api = FastAPIOffline(
         title="TinyFlux",
         description="Pictures from prompts.",
@@ -24,11 +24,11 @@ def make_api(studio: EngineClient) -> FastAPI:
     )
     answer_mistakes(api)
     api.add_middleware(
-        RequestGuard, config=studio.config, keys=read_keys(studio.config.api_keys_file)
+        RequestGuard, config=client.config, keys=read_keys(client.config.api_keys_file)
     )
     # Only told here, for the pages at /docs; the guard is what checks.
-    bearer = [Security(HTTPBearer(auto_error=False))] if studio.config.api_keys_file else []
-    api.include_router(openai_routes(studio), dependencies=bearer, responses=ERRORS)
-    api.include_router(native_routes(studio), dependencies=bearer, responses=ERRORS)
+    bearer = [Security(HTTPBearer(auto_error=False))] if client.config.api_keys_file else []
+    api.include_router(openai_routes(client), dependencies=bearer, responses=ERRORS)
+    api.include_router(native_routes(client), dependencies=bearer, responses=ERRORS)
     api.include_router(page_routes())
     return api

@@ -57,9 +57,9 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def native_routes(studio: EngineClient) -> APIRouter:
+def native_routes(client: EngineClient) -> APIRouter:
     """Everything that OpenAI's API has no word for."""
-    routes, config = APIRouter(tags=["TinyFlux"]), studio.config
+    routes, config = APIRouter(tags=["TinyFlux"]), client.config
 
     @routes.post(
         "/generate",
@@ -73,13 +73,13 @@ def native_routes(studio: EngineClient) -> APIRouter:
         is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`
         (with `prompt_truncated` for the header of like name).
         """
-        model, request = studio.choose(body.model), _request(studio, body)
+        model, request = client.choose(body.model), _request(client, body)
         started = time.monotonic()
         if "text/event-stream" in http.headers.get("accept", ""):
-            events = studio.draw(model, request, every_step=True)
+            events = client.draw(model, request, every_step=True)
             await anext(events)  # accepted; refusals are answers with a status of their own
             return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
-        drawn = await studio.picture(model, request)
+        drawn = await client.picture(model, request)
         headers = {
             "X-Seed": str(request.seed),
             "X-Seconds": f"{time.monotonic() - started:.3f}",
@@ -90,13 +90,13 @@ def native_routes(studio: EngineClient) -> APIRouter:
     @routes.get("/info", responses=errors_of(404))
     async def info(model: Text | None = None) -> dict[str, Any]:
         """What can be asked for: models, solvers, limits and defaults."""
-        chosen = studio.choose(model)
+        chosen = client.choose(model)
         return {
             "model": chosen,
-            "models": studio.models,
+            "models": client.models,
             "solvers": list(get_args(Solver)),
             "limits": {
-                **(await studio.limits(chosen))._asdict(),
+                **(await client.limits(chosen))._asdict(),
                 "max_steps": config.max_steps,
                 "max_n": config.max_n,
                 "max_prompt_chars": config.max_prompt_chars,
@@ -116,15 +116,15 @@ def native_routes(studio: EngineClient) -> APIRouter:
     @routes.get("/readyz", responses=errors_of(503), openapi_extra=KEYLESS)
     async def readyz() -> dict[str, str]:
         """Whether every model can draw now."""
-        for model in studio.models:
-            if not await studio.ready(model):
+        for model in client.models:
+            if not await client.ready(model):
                 raise ApiError(503, f"the model '{model}' is not ready", retry_after=1)
         return {"status": "ready"}
 
     @routes.get("/admin/replicas")
     async def replicas() -> dict[str, Any]:
         """What every replica says of itself: its batch, its queue, its reloads."""
-        return {"replicas": await studio.replicas()}
+        return {"replicas": await client.replicas()}
 
     @routes.post("/admin/reload", status_code=202, responses={**BODY_ERRORS, **errors_of(404)})
     async def reload(body: ReloadBody) -> dict[str, str]:
@@ -136,15 +136,15 @@ def native_routes(studio: EngineClient) -> APIRouter:
             raise ApiError(
                 403, "reloading needs a server with API keys: its owner sets serve.api_keys_file"
             )
-        model = studio.choose(body.model)
-        await studio.reload(model)
+        model = client.choose(body.model)
+        await client.reload(model)
         return {"model": model, "status": "reloading"}
 
     return routes
 
 
-def _request(studio: EngineClient, body: GenerateBody) -> SampleRequest:
-    config = studio.config
+def _request(client: EngineClient, body: GenerateBody) -> SampleRequest:
+    config = client.config
     values = body.model_dump(exclude={"model"}, exclude_none=True)
     return SampleRequest(
         **{

@@ -66,9 +66,9 @@ _PICTURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_routes(studio: EngineClient) -> APIRouter:
+def openai_routes(client: EngineClient) -> APIRouter:
     """``/v1``: models, pictures, and the pictures that are kept for ``url``."""
-    routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), studio.config, _now()
+    routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), client.config, _now()
 
     def listed(model: str) -> dict[str, Any]:
         return {"id": model, "object": "model", "created": started, "owned_by": "tinyflux"}
@@ -76,12 +76,12 @@ def openai_routes(studio: EngineClient) -> APIRouter:
     @routes.get("/models")
     async def models() -> dict[str, Any]:
         """The models that are served; the first is the default."""
-        return {"object": "list", "data": [listed(model) for model in studio.models]}
+        return {"object": "list", "data": [listed(model) for model in client.models]}
 
     @routes.get("/models/{model}", responses=errors_of(404))
     async def model(model: Text) -> dict[str, Any]:
         """One of the models that are served."""
-        return listed(studio.choose(model))
+        return listed(client.choose(model))
 
     @routes.post(
         "/images/generations",
@@ -92,28 +92,28 @@ def openai_routes(studio: EngineClient) -> APIRouter:
         body: ImagesBody, http: Request, answer: Response
     ) -> dict[str, Any] | Response:
         """Draw pictures; with `stream`, server-sent events with partial pictures."""
-        model, count = studio.choose(body.model), body.n or 1
+        model, count = client.choose(body.model), body.n or 1
         if count > config.max_n:
             raise ApiError(400, f"n must be from 1 to {config.max_n}, not {count}", "n")
-        requests = _requests(studio, body, count)
+        requests = _requests(client, body, count)
         size = f"{requests[0].width}x{requests[0].height}"
         if body.stream:
             if count > 1:
                 raise ApiError(400, "a stream is of one picture: leave out n", "n")
             if body.response_format == "url":
                 raise ApiError(400, "a stream has b64_json pictures only", "response_format")
-            events = studio.draw(model, requests[0])
+            events = client.draw(model, requests[0])
             await anext(events)  # accepted; refusals are answers with a status of their own
             stream = _stream(events, body.partial_images or 0, size)
             return StreamingResponse(stream, headers=SSE_HEADERS)
         if body.partial_images:
             raise ApiError(400, "partial_images needs stream: true", "partial_images")
-        pictures = await _all([studio.picture(model, request) for request in requests])
+        pictures = await _all([client.picture(model, request) for request in requests])
         data: list[dict[str, Any]] = []
         answer.headers.update(truncation_headers(pictures[0]))
         for request, drawn in zip(requests, pictures, strict=True):
             if body.response_format == "url":
-                name = await studio.keep(drawn.png)
+                name = await client.keep(drawn.png)
                 place = {"url": f"{http.base_url}v1/images/files/{name}.png"}
             else:
                 place = {"b64_json": base64.b64encode(drawn.png).decode()}
@@ -128,7 +128,7 @@ def openai_routes(studio: EngineClient) -> APIRouter:
     )
     async def file(name: Text) -> Response:
         """A picture that was asked for as `url`, for as long as it is kept."""
-        png = await studio.kept(name)
+        png = await client.kept(name)
         if png is None:
             raise ApiError(404, "this picture is not kept any more, or never was")
         return Response(png, media_type="image/png", headers={"Cache-Control": "private"})
@@ -136,8 +136,8 @@ def openai_routes(studio: EngineClient) -> APIRouter:
     return routes
 
 
-def _requests(studio: EngineClient, body: ImagesBody, count: int) -> list[SampleRequest]:
-    config = studio.config
+def _requests(client: EngineClient, body: ImagesBody, count: int) -> list[SampleRequest]:
+    config = client.config
     width = height = config.default_size
     if body.size not in (None, "auto"):
         match = _SIZE.fullmatch(body.size)
