@@ -34,15 +34,15 @@ from typing import Any
 
 import torch
 
+from tinyflux.data.batches import StepData, TrainBatch
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import STATE_FILE, TrainerState, step_directory
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.loop import StepData, TrainLoop
+from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.recorder import CheckpointKind, Recorder, RunPaths
-from tinyflux.trainer.step import TrainBatch
 from tinyflux.util.buckets import default_buckets
 
 

@@ -43,8 +43,10 @@ from transformers import T5Tokenizer
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import MixSource
 from tinyflux.config import RunConfig, load_run_config
+from tinyflux.data.batches import HeldOut
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
+from tinyflux.data.reader import StepReader, read_held_out
+from tinyflux.distributed.data import measure_sol
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
@@ -61,7 +63,7 @@ from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.step import teacher_features
-from tinyflux.trainer.validation import TIMES, HeldOut
+from tinyflux.trainer.validation import TIMES
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t
@@ -167,10 +169,13 @@ def train_student(
     """Held-out figures by step, the student with its EMA weights, and what was held out."""
     held_out_rows = dataset.held_out(config.val_fraction)
     held_out = read_held_out(dataset, held_out_rows)
+    reader = StepReader(
+        dataset, held_out_rows, config.batch_size, config.gradient_accumulation, config.seed
+    )
     torch.manual_seed(config.seed)
     model = TinyFluxDeep(model_config)
     if config.enable_sol and model.sol_units is not None:
-        measure_sol(model.sol_units, dataset, held_out_rows, config)
+        measure_sol(model.sol_units, reader)
     ema = EMA(model, config.ema_decay)
     paths = RunPaths(*(folder / name for name in ("checkpoints", "samples", "board", "metrics")))
     evaluator = Evaluator(model, ema, config, dataset.t_buckets, held_out, sampler=None)
@@ -183,7 +188,7 @@ def train_student(
         dataset.t_buckets,
         Recorder(config, paths, InlineEvaluator(evaluator)),
     )
-    steps = prefetch(worker_steps(dataset, held_out_rows, config, 0, 1, 0))
+    steps = prefetch(reader.steps())
     try:
         loop.run(steps)
     finally:

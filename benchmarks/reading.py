@@ -2,7 +2,7 @@
 
 The same ``--mib`` of samples (fp16, the sizes of 512 px, texts at full length) are written in each
 format and read for one pass, shuffled within the same window, into fp16 batches. Ours is what a
-training worker runs: ``worker_steps`` to :class:`TrainBatch`, behind ``prefetch``. The others read
+training worker runs: ``StepReader`` to :class:`TrainBatch`, behind ``prefetch``. The others read
 with and without a worker process of their own, and their better figure counts. ``memory map``, the
 ceiling, gathers random rows of one file; ``sequential`` reads our shards from end to end and makes
 no samples of them.
@@ -59,7 +59,7 @@ LOADERS = {
     "sequential": (0,),
 }
 MODULES = {
-    OURS: "tinyflux.distributed.data",
+    OURS: "tinyflux.data.reader",
     "mosaicml-streaming": "streaming",
     "ray data": "ray",
 }
@@ -142,15 +142,13 @@ def batches(loader: str, folder: Path, batch_size: int, workers: int) -> Iterato
         from tinyflux.cache.config import MixSource
         from tinyflux.data.mixture import CacheMixture
         from tinyflux.data.order import BLOCK, WINDOW
-        from tinyflux.distributed.data import worker_steps
-        from tinyflux.trainer.config import TrainerConfig
+        from tinyflux.data.reader import StepReader
         from tinyflux.trainer.prefetch import prefetch
 
         assert BLOCK * WINDOW == SHUFFLE
         data = CacheMixture([MixSource(str(folder))])
-        config = TrainerConfig(batch_size=batch_size, gradient_accumulation=1)
-        held_out = data.held_out(0.0)
-        for step in prefetch(worker_steps(data, held_out, config, 0, 1, 0)):
+        reader = StepReader(data, data.held_out(0.0), batch_size)
+        for step in prefetch(reader.steps()):
             yield {name: getattr(step.micro_batches[0], name) for name in SHAPES}
     elif loader == "mosaicml-streaming":
         from streaming import StreamingDataset

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from tinyflux.cache.extract import Extractor
+from tinyflux.data.batches import TrainBatch
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.step import TrainBatch, training_loss
+from tinyflux.trainer.step import training_loss
 
 
 def rate(work: Callable[[], object], samples: int, repeats: int, device: str) -> float:

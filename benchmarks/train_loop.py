@@ -34,9 +34,9 @@ import torch
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.config import RunConfig
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.reader import StepReader
 from tinyflux.distributed.build import build_cache
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.data import worker_steps
 from tinyflux.distributed.train import train
 from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
@@ -70,8 +70,14 @@ class BareLoop:
     def __init__(self, run: RunConfig, steps: int):
         self.config = run.trainer
         dataset = CacheMixture([MixSource(run.cache.path)])
-        data = worker_steps(dataset, dataset.held_out(0.0), self.config, 0, 1, 0)
-        self.batches = [item.micro_batches[0] for item in islice(data, steps)]
+        reader = StepReader(
+            dataset,
+            dataset.held_out(0.0),
+            self.config.batch_size,
+            self.config.gradient_accumulation,
+            self.config.seed,
+        )
+        self.batches = [item.micro_batches[0] for item in islice(reader.steps(), steps)]
         self.null_text, self.t_buckets = dataset.null_text, dataset.t_buckets
         torch.manual_seed(self.config.seed)
         self.model = TinyFluxDeep(run.model).train()

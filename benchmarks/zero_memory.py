@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tinyflux.data.batches import StepData, TrainBatch
 from tinyflux.distributed.deepspeed import DeepSpeedEngine
 from tinyflux.distributed.memory import worker_bytes
 from tinyflux.model.config import TinyFluxConfig, preset
@@ -27,8 +28,7 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.loop import StepData, TrainLoop
-from tinyflux.trainer.step import TrainBatch
+from tinyflux.trainer.loop import TrainLoop
 from tinyflux.util.buckets import default_buckets
 
 CONFIG = TrainerConfig(

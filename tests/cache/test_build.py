@@ -31,7 +31,7 @@ from tinyflux.cache.manifest import CutCaptions, Manifest
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.verify import verify
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.distributed.data import worker_steps
+from tinyflux.data.reader import StepReader
 from tinyflux.errors import CacheError, InputError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, EncodingCache
@@ -218,7 +218,7 @@ def test_a_student_trains_on_pictures_of_several_sizes(configs):
     config = TrainerConfig(
         batch_size=3, gradient_accumulation=1, val_fraction=0.0, dtype=torch.float32
     )
-    steps = worker_steps(dataset, dataset.held_out(0.0), config, 0, 1, 0)
+    steps = StepReader(dataset, dataset.held_out(0.0), config.batch_size).steps()
     grids = set()
     for _, step in zip(range(5), steps, strict=False):
         (batch,) = step.micro_batches

@@ -11,7 +11,8 @@ from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pi
 from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.distributed.data import measure_sol, read_held_out, worker_steps
+from tinyflux.data.reader import StepReader, read_held_out
+from tinyflux.distributed.data import measure_sol
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
@@ -61,7 +62,7 @@ def test_a_run_on_a_mixture_gets_its_weights_and_trains(caches):
     assert 0 < held_out.sum() < len(both)
     model = TinyFluxDeep(student_config()).train()
     seen = []
-    for item in islice(worker_steps(both, held_out, CONFIG, 0, 1, 0), 6):
+    for item in islice(StepReader(both, held_out, 8, accumulation=2).steps(), 6):
         assert item.size == sum(map(len, item.micro_batches)) == 8
         taught = torch.cat([batch.lune_mask for batch in item.micro_batches])
         assert taught.sum() == 2  # of 8, with weights 1 and 3
@@ -85,13 +86,14 @@ def test_a_run_measures_sol_on_the_rows_that_it_trains_on(caches):
     assert sol.keys() == {"sol_stats", "sol_spatial"}
     everything.measure(sol["sol_stats"], sol["sol_spatial"], taught.t_buckets)
     # One batch is all rows once, in another order.
-    whole = replace(CONFIG, batch_size=len(rows))
-    measure_sol(units, taught, held_out[first.start : first.stop], whole)
+    whole = StepReader(taught, held_out[first.start : first.stop], len(rows))
+    measure_sol(units, whole)
     torch.testing.assert_close(units.state_dict(), everything.state_dict(), rtol=1e-4, atol=1e-6)
     # Samples without Sol are left out, not counted as zeros.
-    measure_sol(mixed, both, held_out, CONFIG)
+    measure_sol(mixed, StepReader(both, held_out, 8))
     assert mixed.map_mean.mean().item() == pytest.approx(1, rel=1e-3)
-    measure_sol(nothing, CacheMixture(caches[1:]), held_out[plain.start : plain.stop], CONFIG)
+    untaught = CacheMixture(caches[1:])
+    measure_sol(nothing, StepReader(untaught, held_out[plain.start : plain.stop], 8))
     assert not nothing.measured
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyflux.data.order import BLOCK, WINDOW, Rows, SampleOrder, Shuffle, Stream, deal
-from tinyflux.distributed.data import cut
+from tinyflux.data.order import BLOCK, WINDOW, Rows, SampleOrder, Shuffle, Stream, cut, deal
 from tinyflux.errors import CacheError
 
 GROUPS = st.lists(st.integers(1, 23), min_size=1, max_size=4)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.fixtures.students import MODEL, make_batch
+from tinyflux.data.batches import StepData
 from tinyflux.errors import ConfigError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import (
@@ -24,12 +25,12 @@ from tinyflux.trainer.checkpoint import (
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.loop import StepData, TrainLoop
+from tinyflux.trainer.loop import TrainLoop
 from tinyflux.util.buckets import default_buckets
 
 pytest.importorskip("deepspeed")
 
-from tinyflux.distributed.data import cut
+from tinyflux.data.order import cut
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 
 pytestmark = pytest.mark.slow

@@ -16,6 +16,7 @@ from tinyflux.cache.memory import (
     MultiSourceCache,
     SolFeatureCache,
 )
+from tinyflux.data.batches import HeldOut
 from tinyflux.errors import CheckpointError, TrainingError
 from tinyflux.model.experts import SolPrior, SolUnits
 from tinyflux.model.loader import load_config, load_model, save_model
@@ -25,7 +26,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.step import training_loss
 from tinyflux.trainer.trainer import Trainer
-from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.trainer.validation import validate
 from tinyflux.util.buckets import default_buckets, interpolate_buckets
 
 CONFIG = TrainerConfig(

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from tests.fixtures.students import make_batch, student
+from tinyflux.data.batches import HeldOut, TrainBatch
 from tinyflux.errors import InputError
 from tinyflux.model.packing import pack_latents, unpack_latents
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.step import Draws, TrainBatch, training_loss
-from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.trainer.step import Draws, training_loss
+from tinyflux.trainer.validation import validate
 from tinyflux.util.buckets import default_buckets
 
 CONFIG = TrainerConfig(

@@ -28,6 +28,7 @@ from tests.fixtures.trainers import (
     weights,
 )
 from tests.fixtures.waiting import PATIENCE, wait_for
+from tinyflux.data.batches import HeldOut
 from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -47,7 +48,6 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.trainer import Trainer
-from tinyflux.trainer.validation import HeldOut
 from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.buckets import default_buckets
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from math import lcm
 
 import numpy as np
@@ -141,6 +142,13 @@ def deal(position: int, shares: Sequence[int]) -> tuple[int, int]:
         position -= before
         rest -= share
     return len(shares) - 1, position
+
+
+def cut(whole: range, parts: int) -> list[range]:
+    """``whole`` in so many neighbouring parts, the first ones longer by one where need be."""
+    size, longer = divmod(len(whole), parts)
+    ends = [whole.start + at * size + min(at, longer) for at in range(parts + 1)]
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 @dataclass

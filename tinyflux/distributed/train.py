@@ -31,13 +31,9 @@ from filelock import FileLock, Timeout
 from tinyflux import errors
 from tinyflux.cache.config import MixSource
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.reader import StepReader, read_held_out
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.data import (
-    check_batch_size,
-    measure_sol,
-    read_held_out,
-    worker_steps,
-)
+from tinyflux.distributed.data import check_batch_size, measure_sol
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluator import ActorEvaluator
 from tinyflux.distributed.metrics import RayMetrics
@@ -325,7 +321,13 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
 
     config, paths, main = job.trainer, job.paths(), rank == 0
     data = job.open_data(check_files=main)  # a thousand workers would ask about millions of files
-    held_out = data.held_out(config.val_fraction)
+    reader = StepReader(
+        data,
+        data.held_out(config.val_fraction),
+        config.batch_size,
+        config.gradient_accumulation,
+        config.seed,
+    )
 
     torch.manual_seed(config.seed)  # the same first weights on every worker
     model = TinyFluxDeep(job.model).to(device)
@@ -345,7 +347,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         checkpoint.load_model(model)
         check_same_stream(state, config, data, job.run_dir)
     elif config.enable_sol and model.sol_units is not None:
-        measure_sol(model.sol_units, data, held_out, config)
+        measure_sol(model.sol_units, reader)
     engine = _engine(job, model)
     ema = EMA(engine.shard(), config.ema_decay)
     if main:
@@ -370,7 +372,7 @@ def _train_on(job: _Job, device: torch.device, rank: int, world_size: int) -> No
         )
     null_text = data.null_text if config.text_dropout > 0 else None
     loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder)
-    steps = prefetch(worker_steps(data, held_out, config, rank, world_size, state.samples_seen))
+    steps = prefetch(reader.steps(state.samples_seen, rank, world_size))
     try:
         loop.run(steps)
     finally:

@@ -19,12 +19,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from tinyflux.data.batches import TrainBatch
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.step import TrainBatch, training_loss
+from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
 
 CALIBRATION_STEPS = 3

@@ -16,7 +16,7 @@ from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.config import RunConfig
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.distributed.data import read_held_out
+from tinyflux.data.reader import read_held_out
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.inference.sampler import Sampler, decode

@@ -6,12 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tinyflux.data.batches import HeldOut
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import autocast
-from tinyflux.trainer.validation import HeldOut, validate
+from tinyflux.trainer.validation import validate
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ batches come from. What a run leaves beside its weights is the main worker's
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from tinyflux.data.batches import StepData
 from tinyflux.errors import TrainingError
 from tinyflux.trainer.checkpoint import CheckpointData, TrainerState
 from tinyflux.trainer.config import TrainerConfig
@@ -23,26 +24,8 @@ from tinyflux.trainer.evaluation import EvaluationRequest
 from tinyflux.trainer.meter import LOSSES, StepMeter
 from tinyflux.trainer.recorder import CheckpointKind, Recorder
 from tinyflux.trainer.sharding import rank_and_world
-from tinyflux.trainer.step import TrainBatch, training_loss
+from tinyflux.trainer.step import training_loss
 from tinyflux.util.config import to_dict
-
-
-@dataclass
-class StepData:
-    """What one optimizer step trains on, and the place in the data after it.
-
-    Attributes:
-        micro_batches: this worker's share.
-        samples_seen: samples of the run over all workers, these included.
-        epoch: complete passes. epoch_batches: micro-batches of the pass under way.
-        size: samples of the step over all workers.
-    """
-
-    micro_batches: list[TrainBatch]
-    samples_seen: int
-    epoch: int
-    epoch_batches: int
-    size: int
 
 
 class TrainLoop:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
+from tinyflux.data.batches import HeldOut, StepData, TrainBatch
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.trainer.checkpoint import (
@@ -22,11 +23,10 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
-from tinyflux.trainer.loop import StepData, TrainLoop
+from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
-from tinyflux.trainer.step import SOL_SAMPLES, TrainBatch, as_module
-from tinyflux.trainer.validation import HeldOut
+from tinyflux.trainer.step import SOL_SAMPLES, as_module
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
 from tinyflux.util.seeding import generator

@@ -1,36 +1,20 @@
 """A loss that can be compared between runs: fixed samples, times and noise."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from tinyflux.data.batches import HeldOut
 from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
-from tinyflux.trainer.step import (
-    Teachers,
-    TrainBatch,
-    Velocity,
-    distillation_losses,
-    teacher_features,
-)
+from tinyflux.trainer.step import Teachers, Velocity, distillation_losses, teacher_features
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import randn_for
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
-
-
-@dataclass
-class HeldOut:
-    """Held-out samples: batches, and the key of each of their samples, in order."""
-
-    batches: Sequence[TrainBatch]
-    keys: Sequence[Sequence[str]]
 
 
 @torch.no_grad()
