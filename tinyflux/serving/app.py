@@ -25,6 +25,7 @@ from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import ImageEngine
 from tinyflux.serving.keys import check_exposure, read_keys
 from tinyflux.serving.painter import Painter
+from tinyflux.serving.proxy import HOOK
 from tinyflux.serving.studio import Studio
 from tinyflux.util.files import warn_if_readable
 from tinyflux.util.text import last_line
@@ -155,6 +156,8 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
             engine.close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    for name, value in HOOK.items():
+        os.environ.setdefault(name, value)
     session = RaySession()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
