@@ -109,7 +109,10 @@ class Nodes:
 
         self._ours = Descendants(os.getpid(), but=psutil.Process().children())
         self._drivers: list[subprocess.Popen[bytes]] = []
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        # By itself it takes 8265 for its dashboard. Where another has that, it has no dashboard,
+        # and leaves a socket open whose warning hits the next test.
+        head = {"num_cpus": 0, "dashboard_port": free_ports(1)[0]}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._environment = {**environment, "RAY_ADDRESS": self._cluster.address}
 
     def add(self) -> Any:
@@ -146,13 +149,17 @@ class Nodes:
 
 @contextlib.contextmanager
 def running_nodes(environment: dict[str, str]) -> Iterator[Nodes]:
-    """Nodes that end with the block; Ray's settings in ``environment`` hold for them."""
+    """Nodes that end with the block; Ray's settings in ``environment`` hold for them.
+
+    They have a folder of their own, where their address is noted: a process that names none would
+    join what is noted in the machine's.
+    """
     settings = {
         name: value
         for name, value in environment.items()
         if name.startswith("RAY_") and name != "RAY_ADDRESS"
     }
-    with mock.patch.dict(os.environ, settings):
+    with short_folder() as folder, mock.patch.dict(os.environ, settings, RAY_TMPDIR=str(folder)):
         nodes = Nodes(environment)
         try:
             yield nodes
@@ -244,13 +251,22 @@ def succeed(process):
 
 
 @contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """For a Ray's files, whose sockets need a short path; it goes with the block."""
+    folder = Path(tempfile.mkdtemp(prefix="tf", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def running_cluster(log: Path, extra: dict[str, str] | None = None) -> Iterator[Cluster]:
     """A cluster that is up, and ends with the block; ``extra`` is for its environment."""
-    folder = Path(tempfile.mkdtemp(prefix="tf", dir="/tmp"))  # sockets need a short path
-    cluster = Cluster(folder, log, extra or {})
-    try:
-        cluster.wait_until_up()
-        yield cluster
-    finally:
-        cluster.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    with short_folder() as folder:
+        cluster = Cluster(folder, log, extra or {})
+        try:
+            cluster.wait_until_up()
+            yield cluster
+        finally:
+            cluster.end()
