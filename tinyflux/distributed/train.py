@@ -40,7 +40,7 @@ from tinyflux.distributed.data import (
 from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluation import Beside
 from tinyflux.distributed.metrics import RayMetrics
-from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.ray_session import ensure_ray, train_knows_its_ray
 from tinyflux.errors import CheckpointError, ConfigError, TinyFluxError, TrainingError
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
@@ -285,7 +285,8 @@ def _fit(job: _Job) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with train_knows_its_ray():
+            trainer.fit()
     except Exception as error:
         raise TrainingError(
             f"training in {job.run_dir} stopped after {workers.max_failures} restarts: "
