@@ -6,6 +6,14 @@ request must have been answered, with a picture or, if it was cancelled, with it
 process's memory must be flat: the slope of its resident size over the second half of the time, when
 caches are full, is below ``--slope`` MiB a minute. Figures are of this process, threads included.
 
+``python benchmarks/soak.py --waves 16`` asks a whole server instead, with its HTTP side, for
+whether clients who go away in mid-stream leave memory behind. Each wave is 200 clients who ask for
+a picture with a preview of every step. Two servers, one after the other, take so many waves each:
+at the first (``leaving``) all ask for 100 steps and hang up after 1 to 8 of them, at the second
+(``staying``, the control) all ask for that many and read their streams to the end. All streams must
+begin, and every process of both servers must level off: over the second half of the waves it grows
+by less than ``--slope`` MiB a wave.
+
 Prints JSON, and ends with status 1 if something was wrong; progress goes to stderr.
 """
 
@@ -15,16 +23,23 @@ import json
 import os
 import platform
 import random
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
+import ray
 import torch
+from ray import serve
 
+from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ServingError, TinyFluxError
 from tinyflux.inference.engine import ImageEngine
 from tinyflux.inference.events import Drawn
@@ -33,11 +48,15 @@ from tinyflux.inference.solvers import SOLVERS
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
+from tinyflux.serving.proxy import HOOK
 from tinyflux.toy.world import SHIPPED
 
 THINGS = ("red apple", "blue square", "green heart", "sunflower", "pizza", "purple circle")
+CLIENTS = 200  # of a wave
+SIDE = 32  # pixels of their pictures
 
 
 def random_request(draw: random.Random) -> SampleRequest:
@@ -96,7 +115,7 @@ async def client(
             seconds.append(time.monotonic() - started)
 
 
-async def soak(engine: ImageEngine, minutes: float, clients: int) -> dict[str, object]:
+async def soak(engine: ImageEngine, minutes: float, clients: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     seconds: list[float] = []
     points: list[tuple[float, float]] = []
@@ -127,6 +146,111 @@ async def soak(engine: ImageEngine, minutes: float, clients: int) -> dict[str, o
     }
 
 
+def soak_engine(
+    checkpoint: str, zoo: ZooConfig, minutes: float, clients: int, flat: float
+) -> dict[str, Any]:
+    """What :func:`soak` found; all must have ended, and nothing may be left in the engine."""
+    engine = open_engine(ServeConfig(checkpoint=checkpoint, prompt_cache=64), zoo)
+    found = asyncio.run(soak(engine, minutes, clients))
+    left = engine.stats()
+    engine.close()
+    idle = left["queue_length"] == left["batch_size"] == 0
+    is_flat = found["slope_mib_per_minute"] < flat
+    return {
+        "minutes": minutes,
+        "clients": clients,
+        **found,
+        "memory_flat": is_flat,
+        "ok": found["ok"] and is_flat and idle,
+    }
+
+
+def processes_mib() -> dict[str, float]:
+    """Resident memory of the server's replicas and proxy, by what Ray Serve calls them."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = (child.cmdline() or [""])[0]
+            # An idle one is "ray::ServeReplica:tinyflux:api"; more is around that while it works.
+            if "ServeReplica:" in title or "ProxyActor" in title:
+                name = title.rpartition(":")[2].partition(".")[0]
+                found[name] = child.memory_info().rss / 2**20
+    return found
+
+
+async def stream(http: httpx.AsyncClient, seed: int, leaves: bool) -> int:
+    """Read some events of a stream, which goes on or not; the answer's status."""
+    events = 1 + seed % 8
+    body = {
+        "prompt": THINGS[seed % len(THINGS)], "num_steps": 100 if leaves else events,
+        "preview_every": 1, "width": SIDE, "height": SIDE, "seed": seed,
+    }  # fmt: skip
+    accept = {"Accept": "text/event-stream"}
+    async with http.stream("POST", "/generate", json=body, headers=accept) as answer:
+        async for line in answer.aiter_lines():
+            events -= line.startswith("event: step")
+            if leaves and events == 0:
+                break
+        return answer.status_code
+
+
+async def wave(url: str, clients: int, leaves: bool) -> Counter[int]:
+    """So many clients, those at once that the server has room for; their answers' statuses."""
+    limits = httpx.Limits(max_connections=40, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        streams = [stream(http, seed, leaves) for seed in range(clients)]
+        counts = Counter(await asyncio.gather(*streams))
+        while True:  # until nobody's picture is drawn any more
+            await asyncio.sleep(2)  # replicas tell of themselves once a second
+            (replica,) = (await http.get("/admin/replicas")).json()["replicas"]
+            if replica["batch_size"] == replica["queue_length"] == 0:
+                return counts
+
+
+def soak_server(checkpoint: str, zoo: ZooConfig, waves: int, leaves: bool) -> dict[str, Any]:
+    """A server's memory after each wave, and how many MiB a wave it grows at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ServeConfig(port=port, checkpoint=checkpoint, default_size=SIDE)
+    counts: Counter[int] = Counter()
+    os.environ.update(HOOK)  # as `tinyflux serve` has it
+    ensure_ray()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(build_app(config, zoo), name="tinyflux", route_prefix="/")
+        memory = [processes_mib()]
+        for number in range(waves):
+            counts += asyncio.run(wave(f"http://127.0.0.1:{port}", CLIENTS, leaves))
+            memory.append(processes_mib())
+            print(number + 1, dict(counts), memory[-1], file=sys.stderr, flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    later = list(enumerate(memory))[len(memory) // 2 :]
+    slopes = {name: slope([(i, each[name]) for i, each in later]) for name in memory[0]}
+    return {
+        "statuses": counts,
+        "memory_mib": {name: [round(each[name]) for each in memory] for name in slopes},
+        "slope_mib_per_wave": {name: round(value, 2) for name, value in slopes.items()},
+        "all_began": counts == {200: waves * CLIENTS},
+    }
+
+
+def soak_waves(checkpoint: str, zoo: ZooConfig, waves: int, flat: float) -> dict[str, Any]:
+    """What :func:`soak_server` found with clients who stay and with those who leave."""
+    found = {
+        name: soak_server(checkpoint, zoo, waves, leaves)
+        for name, leaves in (("leaving", True), ("staying", False))
+    }
+    slopes = [each["slope_mib_per_wave"] for each in found.values()]
+    began = all(each["all_began"] for each in found.values())
+    return {
+        **found,
+        "ok": began and all(value < flat for each in slopes for value in each.values()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,7 +258,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--slope", type=float, default=2.0, help="MiB a minute that is flat")
+    parser.add_argument(
+        "--slope", type=float, default=2.0, help="MiB a minute (or a wave) that is flat"
+    )
+    parser.add_argument("--waves", type=int, default=0, help="of clients of a whole server")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -143,19 +270,15 @@ def main() -> None:
         checkpoint = str(save_model(TinyFluxDeep(preset("toy")), Path(folder) / "model"))
         world = str(SHIPPED)
         zoo = ZooConfig(world, f"{world}/t5", f"{world}/clip", world, world, "cpu")
-        engine = open_engine(ServeConfig(checkpoint=checkpoint, prompt_cache=64), zoo)
-        found = asyncio.run(soak(engine, arguments.minutes, arguments.clients))
-        left = engine.stats()
-        engine.close()
-    flat = float(str(found["slope_mib_per_minute"])) < arguments.slope
-    idle = left["queue_length"] == left["batch_size"] == 0
+        if arguments.waves:
+            found = soak_waves(checkpoint, zoo, arguments.waves, arguments.slope)
+        else:
+            found = soak_engine(
+                checkpoint, zoo, arguments.minutes, arguments.clients, arguments.slope
+            )
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "minutes": arguments.minutes,
-        "clients": arguments.clients,
         **found,
-        "memory_flat": flat,
-        "ok": bool(found["ok"]) and flat and idle,
     }
     print(json.dumps(result, indent=2))
     sys.exit(0 if result["ok"] else 1)

@@ -1,6 +1,6 @@
 """`tinyflux run`, with everything in a bucket and with everything on a disk.
 
-Slow: a Ray, an S3 server and seven commands of the command line, each of which imports torch.
+Slow: two Rays, an S3 server and seven commands of the command line, each of which imports torch.
 """
 
 import io
@@ -55,7 +55,8 @@ def run(tmp_path):
     )  # fmt: skip
 
 
-def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, monkeypatch):
+def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, monkeypatch, head):
+    """Beside ``head``: another Ray on the machine is none of the run's business."""
     local = tmp_path / "local"
     with s3_server(tmp_path / "s3.log") as s3, ExitStack() as stack:
         for name, value in s3.environment(local).items():

@@ -31,12 +31,14 @@ from tinyflux.config import RunConfig, save_run_config
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
+from tinyflux.serving.proxy import HOOK
 
 pytestmark = pytest.mark.slow
 
 KEY = "a-key-of-the-tests-0123456789"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 MAX_QUEUE, MAX_BATCH = 3, 2
+HTTP_REPLICAS = 2
 RECEIVE_SECONDS = 3.0
 LONG = 300  # steps: some seconds
 
@@ -74,7 +76,7 @@ def server(tmp_path_factory):
             checkpoint=str(place / "model"),
             models={"other": str(place / "other")},
             cpus_per_replica=0.5,
-            http_replicas=2,
+            http_replicas=HTTP_REPLICAS,
             watch_checkpoint=True,
             default_size=16,
             default_steps=2,
@@ -98,7 +100,9 @@ def server(tmp_path_factory):
     }
     application["runtime_env"]["env_vars"] |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     (place / "serve.yaml").write_text(yaml.safe_dump(config))
-    with running_cluster(place / "head.log") as cluster:
+    # Its proxies are asked to have our errors, and must find the package for that.
+    proxies = {**HOOK, "PYTHONPATH": str(ROOT)}
+    with running_cluster(place / "head.log", proxies) as cluster:
         deploy(cluster, place / "serve.yaml")
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(f"{url}/readyz"))  # four processes import torch
@@ -372,6 +376,31 @@ def test_a_killed_replica_loses_no_picture(server):
     assert same(base64.b64decode(events[-1][1]["image"]), expected[0])
     assert server.cluster.processes(b"model-tinyflux") != [before]
     wait_for(lambda: "tinyflux_serve_lost_replicas_total{" in server.metrics())
+
+
+def test_a_killed_api_replica_ends_its_requests_with_an_error_as_any_other(server):
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.draw, num_steps=1000, width=64, height=64)
+        server.wait_until(lambda said: said["batch_size"] > 0)
+        for process in server.cluster.processes(b":api"):
+            os.kill(process, signal.SIGKILL)
+        answer = asked.result()
+    assert answer.status_code == 503, answer.text
+    assert "was lost: try again" in answer.json()["error"]["message"]
+    assert int(answer.headers["retry-after"]) >= 1
+    wait_for(lambda: len(server.cluster.processes(b":api")) == HTTP_REPLICAS)
+    wait_for(lambda: server.draw(seed=3).status_code == 200)
+
+
+def test_clients_give_ray_no_directions(server):
+    odd = [
+        (b"x-request-id", b"\xff"),
+        (b"x-request-timeout-seconds", b"0.0001"),
+        (b"serve_multiplexed_model_id", b"\xff"),
+        (b"x-session-id", b"\xff"),
+    ]
+    answer = server.http.post("/generate", json={"prompt": "red circle"}, headers=odd)
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_newer_checkpoint_is_swapped_in_while_pictures_are_drawn(server):

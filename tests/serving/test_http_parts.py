@@ -1,12 +1,15 @@
 """The HTTP side's parts that need no server."""
 
 import asyncio
+import subprocess
+import sys
 import time
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from ray_jobs.serve import app
 from tinyflux.config import RunConfig, save_run_config
@@ -19,6 +22,7 @@ from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
 from tinyflux.serving.image_store import ImageStore
 from tinyflux.serving.metrics import size_label
+from tinyflux.serving.proxy import Outermost
 from tinyflux.serving.registry import ReplicaRegistry
 from tinyflux.serving.replica import signature
 
@@ -109,6 +113,75 @@ def test_without_keys_only_this_machine_is_answered(key_file):
     assert asked(ServeConfig(api_keys_file=key_file), "192.0.2.7")[0] == 200
     assert asked(ServeConfig(api_keys_file=key_file), "127.0.0.1", "/v1/models")[0] == 401
     assert asked(ServeConfig(), "127.0.0.1", "/nowhere")[0] == 404
+
+
+async def silent(scope, receive, send):
+    """As Ray Serve's proxy when a replica has died before it answered."""
+
+
+async def broken(scope, receive, send):
+    raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a header")
+
+
+@pytest.mark.parametrize(
+    ("app", "path", "status", "part"),
+    [
+        (silent, "/", 503, "lost: try again"),
+        (broken, "/", 500, "its log says how"),
+        (PlainTextResponse("Path '/' not found. Ping", 404), "/", 404, "nothing is served"),
+        (PlainTextResponse("no replica", 503), "/", 503, "nothing can answer now"),
+        (PlainTextResponse("timed out", 408), "/", 408, "with status 408"),
+        (JSONResponse({"a": 1}, 418), "/", 418, None),
+        (PlainTextResponse("fine"), "/", 200, None),
+        (PlainTextResponse("draining", 503), "/-/healthz", 503, None),
+    ],
+)
+def test_a_proxys_own_errors_have_our_shape(app, path, status, part):
+    async def ask():
+        transport = httpx.ASGITransport(Outermost(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.get(path)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    if part is None:
+        assert answer.content == app.body
+    else:
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert part in error["message"]
+        assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def test_what_clients_tell_ray_itself_does_not_reach_it():
+    async def asked(*headers):
+        async def app(scope, receive, send):
+            await JSONResponse([name.decode() for name, _ in scope["headers"]])(
+                scope, receive, send
+            )
+
+        transport = httpx.ASGITransport(Outermost(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return (await http.get("/", headers=headers)).json()
+
+    for name, value in (
+        (b"X-Request-Disconnect-Disabled", b"1"),
+        (b"X-Request-Timeout-Seconds", b"1"),
+        (b"X-Request-ID", b"\xff"),
+        (b"X-Request-ID", b"a" * 200),
+        (b"Serve-Multiplexed-Model-ID", b"a"),
+        (b"serve_multiplexed_model_id", b"a"),
+        (b"X-Session-ID", b"a"),
+        (b"x_session_id", b"a"),
+    ):
+        assert name.decode().lower() not in asyncio.run(asked((name, value)))
+    assert "x-request-id" in asyncio.run(asked((b"X-Request-ID", b"a-b-c")))
+
+
+def test_a_proxy_imports_nothing_heavy():
+    script = "import sys, tinyflux.serving.proxy; print({'torch', 'ray'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
 HERE = ("localhost", "LOCALHOST:8123", "127.0.0.1:8123", "[::1]", "[::1]:8123")

@@ -109,6 +109,31 @@ def _with_arguments(pool: type) -> type:
 
 
 @contextlib.contextmanager
+def train_knows_its_ray() -> Iterator[None]:
+    """Within it, the processes of a Ray Train run are told which Ray they belong to.
+
+    One of them asks once a second whether the run's controller lives, and frees the run's CPUs and
+    GPUs if it does not. By itself it asks any Ray of the machine: beside another it ends with a
+    traceback, or takes the run for dead.
+    """
+    from ray.train.v2._internal import constants
+
+    # Another Ray may be made otherwise, and then asks as it does.
+    told: set[str] = getattr(constants, "ENV_VARS_TO_PROPAGATE", set())
+    before = os.environ.get("RAY_ADDRESS")
+    told.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        told.discard("RAY_ADDRESS")
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
+
+
+@contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
     """A Ray that is started within listens on 127.0.0.1 alone.
 

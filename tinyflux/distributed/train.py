@@ -38,7 +38,7 @@ from tinyflux.distributed.deepspeed import DeepSpeedEngine, check_zero
 from tinyflux.distributed.evaluator import ActorEvaluator
 from tinyflux.distributed.metrics import RayMetrics
 from tinyflux.distributed.mirror import Mirror
-from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.ray_session import ensure_ray, train_knows_its_ray
 from tinyflux.errors import CheckpointError, ConfigError, TinyFluxError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
@@ -287,7 +287,8 @@ def _fit(job: _Job) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with train_knows_its_ray():
+            trainer.fit()
     except Exception as error:
         raise TrainingError(
             f"training in {job.run_dir} stopped after {workers.max_failures} restarts: "

@@ -24,6 +24,7 @@ from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
 from tinyflux.serving.http.api import make_api
 from tinyflux.serving.http.auth import check_exposure, read_keys
+from tinyflux.serving.proxy import HOOK
 from tinyflux.serving.replica import EngineReplica
 from tinyflux.serving.shared import SharedState
 from tinyflux.util.files import warn_if_readable
@@ -151,6 +152,8 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
         open_engine(replace(config, checkpoint=checkpoint), zoo).close(drain=False)
     # Ray Serve's five seconds are too few for a machine that is also training.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    for name, value in HOOK.items():
+        os.environ.setdefault(name, value)
     session = RaySession()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -89,7 +89,7 @@ class EngineClient:
                             # What was promised a place waits for another when that one is gone.
                             broken = event.status == 503
                             if not broken and not (accepted and event.status == 429):
-                                raise ApiError.of(event)
+                                raise _refusal(event)
                             lost += broken
                             await asyncio.sleep(event.retry_after or 1.0)
                             break
@@ -187,3 +187,9 @@ class EngineClient:
         finally:
             if not ended:
                 stream.cancel()
+
+
+def _refusal(refused: Refused) -> ApiError:
+    """What an engine refused, as the API answers it."""
+    code = "overloaded" if refused.status == 429 else None
+    return ApiError(refused.status, refused.message, code=code, retry_after=refused.retry_after)

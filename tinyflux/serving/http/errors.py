@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tinyflux.errors import InputError
-from tinyflux.serving.events import Refused
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAX_SHOWN = 60  # characters
@@ -82,12 +81,6 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after, self.closes = retry_after, closes
-
-    @classmethod
-    def of(cls, refused: Refused) -> "ApiError":
-        """What an engine refused."""
-        code = "overloaded" if refused.status == 429 else None
-        return cls(refused.status, refused.message, code=code, retry_after=refused.retry_after)
 
     def body(self) -> dict[str, Any]:
         """``{"error": {...}}``."""
