@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
-from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tests.fixtures.worlds import student_config
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader, read_held_out
 from tinyflux.distributed.data import measure_sol
@@ -20,25 +18,6 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.step import training_loss
 
 CONFIG = TrainerConfig(batch_size=8, gradient_accumulation=2, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """One with both teachers, and a smaller one without, of which half is wide."""
-    folder = tmp_path_factory.mktemp("mixture")
-    zoo, model = zoo_config(make_world(folder / "world")), student_config()
-    paths = []
-    for name, seed, captions, teachers in (
-        ("taught", 1, [*CAPTIONS] * 3, True),
-        ("plain", 2, CAPTIONS, False),
-    ):
-        pictures = write_pictures(folder / f"{name}-pictures", captions, seed=seed)
-        data = DataConfig(str(pictures), height=16, width=16)
-        cache = CacheConfig(str(folder / name), extract_lune=teachers, extract_sol=teachers)
-        configs = BuildConfigs(data, zoo, cache, model)
-        build(configs, LocalRunner(configs))
-        paths.append(cache.path)
-    return [MixSource(paths[0], 1.0), MixSource(paths[1], 3.0)]
 
 
 def test_samples_without_a_teacher_say_so_and_the_others_are_as_they_were(caches):

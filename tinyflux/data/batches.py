@@ -1,8 +1,8 @@
 """What a training step and validation read: samples in tensors, wherever they come from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -103,6 +103,38 @@ class StepData:
     epoch: int
     epoch_batches: int
     size: int
+
+
+class Place(Protocol):
+    """A place in the data of a run: that after a :class:`StepData`, or of a checkpoint's state."""
+
+    samples_seen: int
+    epoch: int
+    epoch_batches: int
+
+
+@runtime_checkable
+class StepSource(Protocol):
+    """Gives a run the data of its steps."""
+
+    @property
+    def null_text(self) -> tuple[Tensor, Tensor] | None:
+        """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, if they are known."""
+        ...
+
+    @property
+    def t_buckets(self) -> Tensor | None:
+        """``[K]`` times of the teachers' features, if they are known."""
+        ...
+
+    def after(self, place: Place) -> Iterator[StepData]:
+        """The steps that follow ``place``: the same ones whenever it is asked, and no end."""
+        ...
+
+    def sol_examples(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """Sol's features ``[N, K, 4]`` and ``[N, K, s, s]`` of samples trained on, if any have
+        them: about ``count``, or all that there are."""
+        ...
 
 
 @dataclass

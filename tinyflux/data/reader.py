@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.data.batches import HeldOut, StepData, TrainBatch
+from tinyflux.data.batches import HeldOut, Place, StepData, TrainBatch
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.order import Rows, SampleOrder, Stream, cut
 
@@ -22,7 +22,7 @@ HELD_OUT_BATCH = 32
 
 
 class StepReader:
-    """Reads what optimizer steps train on.
+    """Reads what optimizer steps train on, for one worker of many or for a plain ``Trainer``.
 
     Args:
         held_out: ``[rows]`` bool, the rows of ``data`` not to train on.
@@ -53,6 +53,10 @@ class StepReader:
     def t_buckets(self) -> Tensor:
         """``[K]`` times of the teachers' features; empty without teachers."""
         return self._data.t_buckets
+
+    def after(self, place: Place) -> Iterator[StepData]:
+        """What a run in one process trains on: the same as all workers of a larger one."""
+        return self.steps(place.samples_seen)
 
     def steps(self, samples_seen: int = 0, rank: int = 0, world: int = 1) -> Iterator[StepData]:
         """What worker ``rank`` of ``world`` trains on, without end, from ``samples_seen`` on."""

@@ -1,16 +1,15 @@
-"""Training in one process, from any DataLoader."""
+"""Training in one process, from any DataLoader or from caches on disk."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader
 
-from tinyflux.data.batches import HeldOut, StepData, TrainBatch
+from tinyflux.data.batches import HeldOut, StepData, StepSource
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.trainer.checkpoint import (
@@ -23,35 +22,24 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
+from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.step import SOL_SAMPLES, as_module
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
-from tinyflux.util.seeding import generator
 
 __all__ = ["FeatureSource", "Trainer", "TrainerConfig"]
 
+NO_DATA = "call Trainer.setup with a DataLoader before Trainer.train"
 logger = logging.getLogger(__name__)
-
-
-class FeatureSource(Protocol):
-    """What the trainer needs of a MultiSourceCache, whose ``dataset_ids`` and ``null_text`` are
-    used where there are any.
-    """
-
-    def gather(self, local_indices: Tensor, dataset_ids: Tensor) -> dict[str, Tensor | None]:
-        """Teacher features by bucket of samples ``[B]`` of datasets ``[B]``.
-
-        Keys as in :class:`TrainBatch`: ``lune``, ``sol_stats``, ``sol_spatial`` and their masks.
-        """
 
 
 class Trainer:
     """Trains a student with plain torch.
 
-    Each batch of the DataLoader is a micro-batch; ``gradient_accumulation`` of them make an
+    Each batch of a DataLoader is a micro-batch; ``gradient_accumulation`` of them make an
     optimizer step, and fewer at the end of a pass. The model stays on its device and is kept in
     fp32.
     """
@@ -62,10 +50,8 @@ class Trainer:
         self._engine = TorchEngine(self.model, config)
         self._ema = EMA(self.model, config.ema_decay)
         self._state = TrainerState(seed=config.seed)
-        self._dataloader: DataLoader[Any] | None = None
-        self._cache: FeatureSource | None = None
+        self._source: StepSource | None = None
         self._loop: TrainLoop | None = None
-        self._lacks_units = False
 
     @property
     def ema(self) -> EMA:
@@ -85,12 +71,12 @@ class Trainer:
             TrainingError: :meth:`setup` was not called.
         """
         if self._loop is None:
-            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
+            raise TrainingError(NO_DATA)
         return self._loop
 
     def setup(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[Any] | StepSource,
         cache: FeatureSource | None = None,
         sampler: Sampler | None = None,
         null_text: tuple[Tensor, Tensor] | None = None,
@@ -102,7 +88,8 @@ class Trainer:
             dataloader: gives dictionaries with ``latents`` ``[B, C, H, W]``, ``t5_embeds``
                 ``[B, L, D]``, ``clip_pooled`` ``[B, P]`` and, optional, ``mask`` ``[B, H, W]``,
                 ``index`` and ``dataset_id`` ``[B]`` (needed with ``cache``, the latter where it
-                holds more than one dataset).
+                holds more than one dataset). Or a StepSource, as a :class:`StepReader` of caches
+                on disk, which has all of that.
             cache: teacher features by (index, dataset_id).
             sampler: draws ``config.sample_prompts``.
             null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, which
@@ -123,13 +110,13 @@ class Trainer:
                 f"the sampler draws on {sampler.device} and the trainer trains on {self._device}: "
                 "make the Sampler with the device that the model is on"
             )
-        if null_text is None and self.config.text_dropout > 0:
-            null_text = _find_null_text(dataloader, cache, sampler)
-        self._dataloader, self._cache = dataloader, cache
-        self._measure_sol(cache)
-        t_buckets = getattr(cache, "t_buckets", None)
-        buckets = default_buckets() if t_buckets is None else t_buckets
         config = self.config
+        source = _steps_of(dataloader, cache, config)
+        if null_text is None and config.text_dropout > 0:
+            null_text = _find_null_text(source, sampler)
+        self._source = source
+        self._measure_sol(source)
+        buckets = default_buckets() if source.t_buckets is None else source.t_buckets
         paths = RunPaths(
             checkpoints=Path(config.checkpoint_dir),
             samples=Path(config.sample_dir),
@@ -147,16 +134,16 @@ class Trainer:
             Recorder(config, paths, InlineEvaluator(evaluator)),
         )
 
-    def _measure_sol(self, cache: FeatureSource | None) -> None:
+    def _measure_sol(self, source: StepSource) -> None:
         """Measure the units of Sol's features, once in a model's life."""
         units = self.model.sol_units if self.config.enable_sol else None
-        if units is None or units.measured:
+        if units is None or units.measured or source.t_buckets is None:
             return
-        examples = getattr(cache, "sol_examples", lambda count: None)(SOL_SAMPLES)
+        examples = source.sol_examples(SOL_SAMPLES)
         if examples is not None:
             device = units.map_std.device
             stats, spatial = (part.to(device) for part in examples)
-            units.measure(stats, spatial, cache.t_buckets)  # type: ignore[union-attr]
+            units.measure(stats, spatial, source.t_buckets)
             for name, buffer in units.state_dict(prefix="sol_prior.units.").items():
                 self._ema.shadow[name].copy_(buffer)
 
@@ -175,8 +162,6 @@ class Trainer:
                 f"the model was moved from {self._device} to {device} after the Trainer was made "
                 "with it (a Sampler moves its model): make both with one device"
             )
-        units = self.model.sol_units if self.config.enable_sol else None
-        self._lacks_units = units is not None and not units.measured
         data = prefetch(self.steps(epochs))
         try:
             loop.run(data)
@@ -215,74 +200,42 @@ class Trainer:
 
     def steps(self, epochs: int) -> Iterator[StepData]:
         """The data of each optimizer step of ``epochs`` passes, from where the run stands."""
-        seen, skip = self._state.samples_seen, self._state.epoch_batches
-        first = self._state.epoch
-        for epoch in range(first, first + epochs):
-            group: list[TrainBatch] = []
-            batches = _with_last(self._epoch(epoch))
-            for count, (raw, last) in enumerate(batches, start=1):
-                if count <= skip:
-                    continue
-                size = len(raw["latents"]) if "latents" in raw else 0
-                group.append(self._batch(raw, torch.arange(seen, seen + size)))
-                seen += size
-                if last or len(group) == self.config.gradient_accumulation:
-                    total = sum(map(len, group))
-                    yield StepData(group, seen, epoch + last, 0 if last else count, total)
-                    group = []
-            skip = 0
-
-    def _epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """One pass over the DataLoader, its shuffle depending on (seed, epoch) alone."""
-        loader = self._dataloader
-        if loader is None:
-            raise TrainingError("call Trainer.setup with a DataLoader before Trainer.train")
-        if isinstance(loader.sampler, RandomSampler):
-            loader.sampler.generator = generator(self.config.seed, "order", epoch)
-        elif hasattr(loader.sampler, "set_epoch"):
-            loader.sampler.set_epoch(epoch)
-        return iter(loader)
-
-    def _batch(self, raw: dict[str, Any], positions: Tensor) -> TrainBatch:
-        """What the DataLoader gave, with its teacher features."""
-        if self._cache is not None:
-            if "index" not in raw:
-                raise InputError(
-                    "a batch has no 'index' to find its teacher features by: the dataset's items "
-                    "must hold one, like EncodingCache's"
+        if self._source is None:
+            raise TrainingError(NO_DATA)
+        if epochs < 1:
+            return
+        last = self._state.epoch + epochs
+        units = self.model.sol_units if self.config.enable_sol else None
+        lacks_units = units is not None and not units.measured
+        for step in self._source.after(self._state):
+            if lacks_units and any(batch.sol_stats is not None for batch in step.micro_batches):
+                raise TrainingError(
+                    "the model standardises Sol's features (sol_standardize) and does not know "
+                    "their mean and spread: give Trainer.setup a MultiSourceCache, or call "
+                    "model.sol_units.measure(stats, spatial, t_buckets) before"
                 )
-            index = torch.as_tensor(raw["index"])
-            raw = {**raw, **self._cache.gather(index, self._dataset_id(raw, index))}
-        batch = TrainBatch.from_dict(raw, positions)
-        if self._lacks_units and batch.sol_stats is not None:
-            raise TrainingError(
-                "the model standardises Sol's features (sol_standardize) and does not know their "
-                "mean and spread: give Trainer.setup a MultiSourceCache, or call "
-                "model.sol_units.measure(stats, spatial, t_buckets) before"
-            )
-        return batch
-
-    def _dataset_id(self, raw: dict[str, Any], index: Tensor) -> Tensor:
-        """``[B]``: which of the cache's datasets the samples ``index`` ``[B]`` are of."""
-        if "dataset_id" in raw:
-            return torch.as_tensor(raw["dataset_id"])
-        known: Sequence[int] = getattr(self._cache, "dataset_ids", (0,))
-        if len(known) > 1:
-            raise InputError(
-                f"a batch has no 'dataset_id' and the cache holds {len(known)} datasets: the "
-                "dataset's items must say which one they are of, as MultiSourceCache.add numbered "
-                "it"
-            )
-        return torch.full_like(index, known[0] if known else 0)
+            yield step
+            if step.epoch >= last:
+                return
 
 
-def _find_null_text(
-    dataloader: DataLoader[Any], cache: FeatureSource | None, sampler: Sampler | None
-) -> tuple[Tensor, Tensor]:
+def _steps_of(
+    data: DataLoader[Any] | StepSource, cache: FeatureSource | None, config: TrainerConfig
+) -> StepSource:
+    """The steps of what :meth:`Trainer.setup` was given."""
+    if not isinstance(data, StepSource):
+        return LoaderSteps(data, cache, config.gradient_accumulation, config.seed)
+    if cache is not None:
+        raise InputError(
+            f"Trainer.setup got a {type(data).__name__}, which reads the teachers' features "
+            "itself, and a cache beside it: leave the cache out"
+        )
+    return data
+
+
+def _find_null_text(source: StepSource, sampler: Sampler | None) -> tuple[Tensor, Tensor]:
     """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, from whoever has them."""
-    found: tuple[Tensor, Tensor] | None = getattr(cache, "null_text", None)
-    if found is None:
-        found = _null_text_of(dataloader.dataset)
+    found = source.null_text
     if found is None and sampler is not None:
         t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
         found = (t5[0], pooled[0])
@@ -293,28 +246,3 @@ def _find_null_text(
             "null_text=(t5, pooled) of '', or set trainer.text_dropout to 0"
         )
     return found
-
-
-def _null_text_of(dataset: Any) -> tuple[Tensor, Tensor] | None:
-    """The empty caption's embeddings that a dataset, or every part of it that has some, holds."""
-    if isinstance(dataset, Subset):
-        return _null_text_of(dataset.dataset)
-    if not isinstance(dataset, ConcatDataset):
-        return getattr(dataset, "null_text", None)
-    parts = [text for text in map(_null_text_of, dataset.datasets) if text is not None]
-    for text in parts[1:]:
-        if not all(map(torch.equal, text, parts[0])):
-            raise InputError(
-                "the datasets hold different embeddings of the empty caption, so they were not "
-                "encoded alike: build them with one zoo, or pass Trainer.setup null_text"
-            )
-    return parts[0] if parts else None
-
-
-def _with_last(items: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Each item and whether it is the last."""
-    item = next(items, None)
-    while item is not None:
-        following = next(items, None)
-        yield item, following is None
-        item = following
