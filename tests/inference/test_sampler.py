@@ -8,12 +8,9 @@ from tests.fixtures.fake_zoo import FakeZoo
 from tests.fixtures.students import student
 from tinyflux.errors import InputError
 from tinyflux.inference.guidance import TextCondition, guided_velocity
-from tinyflux.inference.sampler import (
-    Sampler,
-    image_grid,
-    sample_grid,
-)
+from tinyflux.inference.sampler import Sampler, sample_grid
 from tinyflux.trainer.ema import EMA
+from tinyflux.util.images import image_grid
 
 
 @pytest.fixture

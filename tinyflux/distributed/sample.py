@@ -27,14 +27,14 @@ from tinyflux.distributed.prompt_file import Wish, read_wishes
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.weights import load_student
 from tinyflux.errors import ConfigError, TinyFluxError
-from tinyflux.inference.sampler import Sampler, image_grid
+from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.text import CutTokens
 from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
-from tinyflux.util.images import png_bytes
+from tinyflux.util.images import image_grid, png_bytes
 
 GRID = 64  # pictures of it
 

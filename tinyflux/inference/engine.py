@@ -3,8 +3,6 @@
 import dataclasses
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 import torch
@@ -16,14 +14,15 @@ from tinyflux.errors import (
     ServingError,
     TinyFluxError,
 )
+from tinyflux.inference.batch import Sample, advance
 from tinyflux.inference.config import EngineConfig, PixelLimits
 from tinyflux.inference.events import Step
-from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.inference.prompt_cache import PromptCache, PromptEncoders
 from tinyflux.inference.request import RequestHandle, SampleRequest
 from tinyflux.inference.sampler import initial_noise, sample_times
 from tinyflux.inference.scheduler import Scheduler
 from tinyflux.inference.solvers import Trajectory, evaluations_per_step
+from tinyflux.inference.streams import Moment, hand_over, mark, side_thread, take_over
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.util.images import png_bytes
 
@@ -62,30 +61,6 @@ class EngineModels(PromptEncoders, Protocol):
     def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor: ...
 
 
-@dataclass(eq=False)
-class _Sample:
-    """A request on its way.
-
-    Attributes:
-        model, weights: what it is drawn with, and that set of weights' number.
-        denoised: no forward is wanted any more.
-        previews: how many wait for the decoder.
-        path, cond, uncond: there once its prompts are encoded; ``uncond`` is None without
-            guidance.
-    """
-
-    request: SampleRequest
-    model: TinyFluxDeep
-    weights: int
-    handle: RequestHandle = dataclasses.field(init=False)
-    path: Trajectory = dataclasses.field(init=False)
-    cond: TextCondition = dataclasses.field(init=False)
-    uncond: TextCondition | None = None
-    evaluations: int = 0
-    denoised: bool = False
-    previews: int = 0
-
-
 class ImageEngine:
     """Draws many requests at once, each as :class:`~tinyflux.inference.sampler.Sampler` would.
 
@@ -115,15 +90,15 @@ class ImageEngine:
         self._prompts = PromptCache(zoo, config.prompt_cache, weight.device, weight.dtype)
 
         self._changed = threading.Condition()  # guards all below
-        self._scheduler: Scheduler[_Sample] = Scheduler(config.max_batch)
-        self._open: dict[_Sample, None] = {}  # accepted and not ended, in order of arrival
-        self._batch: list[_Sample] = []
+        self._scheduler: Scheduler[Sample] = Scheduler(config.max_batch)
+        self._open: dict[Sample, None] = {}  # accepted and not ended, in order of arrival
+        self._batch: list[Sample] = []
         self._closed = False
         self._dead: ServingError | None = None
         self._steps, self._step_seconds, self._evaluation_seconds = 0, 0.0, 0.0
 
-        self._encoder = self._side_thread("encoder")
-        self._decoder = self._side_thread("decoder")
+        self._encoder = side_thread("encoder", self._device)
+        self._decoder = side_thread("decoder", self._device)
         self._thread = threading.Thread(target=self._loop, name="denoiser", daemon=True)
         self._thread.start()
 
@@ -159,7 +134,7 @@ class ImageEngine:
                     f"room for: try again in {seconds:.0f} seconds",
                     seconds,
                 )
-            sample = _Sample(request, self._model, self._weights)
+            sample = Sample(request, self._model, self._weights)
             sample.handle = RequestHandle(lambda: self._cancel(sample))
             sample.evaluations = request.num_steps * evaluations_per_step(request.solver)
             self._open[sample] = None
@@ -229,11 +204,11 @@ class ImageEngine:
         self._encoder.shutdown()
         self._decoder.shutdown()
 
-    def _cancel(self, sample: _Sample) -> None:
+    def _cancel(self, sample: Sample) -> None:
         if sample.handle.fail(ServingError("the request was cancelled")):
             self._end(sample)
 
-    def _end(self, sample: _Sample) -> None:
+    def _end(self, sample: Sample) -> None:
         """Forget a sample whose request has ended."""
         with self._changed:
             self._open.pop(sample, None)
@@ -241,7 +216,7 @@ class ImageEngine:
                 self._scheduler.remove(sample)
             self._changed.notify_all()
 
-    def _fail(self, sample: _Sample, doing: str, error: Exception) -> None:
+    def _fail(self, sample: Sample, doing: str, error: Exception) -> None:
         """End a request with an error of its own: a user's mistake as it is, others wrapped."""
         told = error
         if not isinstance(error, TinyFluxError):
@@ -264,17 +239,8 @@ class ImageEngine:
 
     # The encoder's thread
 
-    def _side_thread(self, name: str) -> ThreadPoolExecutor:
-        """One thread; on a GPU its work goes to a stream of its own."""
-
-        def own_stream() -> None:
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
-
-        initializer = own_stream if self._device.type == "cuda" else None
-        return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=initializer)
-
     @torch.inference_mode()
-    def _encode(self, sample: _Sample) -> None:
+    def _encode(self, sample: Sample) -> None:
         if sample.handle.ended:
             return
         request, config, step = sample.request, sample.model.config, self._zoo.downscale
@@ -286,7 +252,7 @@ class ImageEngine:
             x = initial_noise([request.seed], config.in_channels, height, width)[0]
             times = sample_times(config, request.num_steps, height, width)
             sample.path = Trajectory(x.to(self._device), times, request.solver)
-            self._hand_over(sample)
+            hand_over(sample.tensors(), self._device)
         except Exception as error:
             self._fail(sample, "its prompt was encoded", error)
             return
@@ -295,27 +261,16 @@ class ImageEngine:
                 self._scheduler.add(sample, (height, width, sample.weights), sample.evaluations)
                 self._changed.notify_all()
 
-    def _hand_over(self, sample: _Sample) -> None:
-        """Make what this thread's stream computed whole, and the loop's stream its user."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-            loop = torch.cuda.default_stream(self._device)
-            sample.path.x.record_stream(loop)
-            for condition in (sample.cond, sample.uncond):
-                if condition is not None:
-                    condition.t5.record_stream(loop)
-                    condition.pooled.record_stream(loop)
-
     # The loop's thread
 
     def _loop(self) -> None:
         try:
             with torch.inference_mode():
-                last: torch.cuda.Event | None = None
+                last: Moment | None = None
                 while batch := self._next_batch():
                     started = time.monotonic()
                     try:
-                        steps = self._advance(batch)
+                        steps = advance(batch)
                     except torch.OutOfMemoryError as error:
                         for sample in batch:
                             self._fail(sample, "it was denoised", error)
@@ -325,7 +280,7 @@ class ImageEngine:
                     # One step ahead of the GPU: it never idles, and who joins waits for little.
                     if last is not None:
                         last.synchronize()
-                    last = self._mark()
+                    last = mark(self._device)
                     self._account(batch, time.monotonic() - started)
         except BaseException as error:
             self._dead = ServingError(f"the engine's loop broke: {error!r:.200}")
@@ -334,7 +289,7 @@ class ImageEngine:
                 self._batch = []
             self._fail_all(self._dead)
 
-    def _next_batch(self) -> list[_Sample]:
+    def _next_batch(self) -> list[Sample]:
         """Whose turn it is; waits for samples, and is empty when there will be none."""
         with self._changed:
             while not (batch := self._scheduler.next()):
@@ -344,39 +299,7 @@ class ImageEngine:
             self._batch = batch
             return batch
 
-    def _advance(self, batch: list[_Sample]) -> list[_Sample]:
-        """One forward; the samples that ended a step by it."""
-        # Those with guidance stand in front: only they need a second row.
-        guided = [sample for sample in batch if sample.uncond is not None]
-        batch = guided + [sample for sample in batch if sample.uncond is None]
-        negative = [sample.uncond for sample in guided if sample.uncond is not None]
-        scales = [sample.request.guidance_scale for sample in guided]
-        v = guided_velocity(
-            batch[0].model,
-            torch.stack([sample.path.x for sample in batch]),
-            self._on_device([sample.path.t for sample in batch]),
-            _together([sample.cond for sample in batch]),
-            _together(negative) if negative else None,
-            self._on_device(scales),
-        )
-        return [sample for sample, each in zip(batch, v, strict=True) if sample.path.advance(each)]
-
-    def _on_device(self, values: list[float]) -> Tensor:
-        """``[len(values)]``, without waiting for the GPU."""
-        tensor = torch.tensor(values)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
-    def _mark(self) -> "torch.cuda.Event | None":
-        """On a GPU, the moment at which what was asked for so far is done."""
-        if self._device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
-
-    def _tell(self, sample: _Sample) -> None:
+    def _tell(self, sample: Sample) -> None:
         """Pass on that a step has ended, and what it gave."""
         if sample.handle.ended:
             return
@@ -392,12 +315,12 @@ class ImageEngine:
                 sample.previews += 1
                 if sample.previews >= MAX_PREVIEWS:
                     self._scheduler.hold(sample, True)
-            self._decoder.submit(self._preview, sample, event, path.data(), self._mark())
+            self._decoder.submit(self._preview, sample, event, path.data(), mark(self._device))
         if path.step == path.total:
             sample.denoised = True
-            self._decoder.submit(self._finish, sample, path.x, self._mark())
+            self._decoder.submit(self._finish, sample, path.x, mark(self._device))
 
-    def _account(self, batch: list[_Sample], seconds: float) -> None:
+    def _account(self, batch: list[Sample], seconds: float) -> None:
         """Note what a step took, and let those go that want no other."""
         with self._changed:
             self._steps += 1
@@ -414,9 +337,7 @@ class ImageEngine:
 
     # The decoder's thread
 
-    def _preview(
-        self, sample: _Sample, event: Step, x: Tensor, made: "torch.cuda.Event | None"
-    ) -> None:
+    def _preview(self, sample: Sample, event: Step, x: Tensor, made: Moment | None) -> None:
         try:
             if not sample.handle.ended:
                 preview = png_bytes(self._decode(x, made))
@@ -428,7 +349,7 @@ class ImageEngine:
             self._scheduler.hold(sample, False)
             self._changed.notify_all()
 
-    def _finish(self, sample: _Sample, x: Tensor, made: "torch.cuda.Event | None") -> None:
+    def _finish(self, sample: Sample, x: Tensor, made: Moment | None) -> None:
         try:
             if not sample.handle.ended:
                 image = self._decode(x, made)
@@ -439,16 +360,8 @@ class ImageEngine:
             self._end(sample)
 
     @torch.inference_mode()
-    def _decode(self, x: Tensor, made: "torch.cuda.Event | None") -> Tensor:
+    def _decode(self, x: Tensor, made: Moment | None) -> Tensor:
         """``[3, H, W]`` in [0, 1] on the CPU of latents ``[C, h, w]``, there at ``made``."""
-        if made is not None:
-            made.wait()
-            x.record_stream(torch.cuda.current_stream(self._device))
+        take_over(x, made)
         shift = self._model.config.latent_shift
         return self._zoo.decode_latents(x[None], shift=shift)[0].float().clamp(0, 1).cpu()
-
-
-def _together(conditions: list[TextCondition]) -> TextCondition:
-    """Conditions ``[1, ...]`` as one ``[B, ...]``."""
-    t5 = torch.cat([each.t5 for each in conditions])
-    return TextCondition(t5, torch.cat([each.pooled for each in conditions]))

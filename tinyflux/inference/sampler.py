@@ -4,17 +4,14 @@ The pure functions on top and :mod:`tinyflux.inference.solvers` are the sampler'
 :class:`Sampler` joins them with the encoders, the VAE and the seeds.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tinyflux.errors import InputError
@@ -24,6 +21,7 @@ from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.time_shift import flux_shift, shift_at
 from tinyflux.util.files import atomic_write
+from tinyflux.util.images import grid_columns, image_grid, png_bytes
 from tinyflux.util.limits import MAX_SIDE, MAX_STEPS
 from tinyflux.util.seeding import randn_for
 
@@ -219,39 +217,16 @@ def write_samples(
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     path = sample_path(directory, step)
-    grid = image_grid(images)
-    png = io.BytesIO()
-    grid.save(png, format="PNG")
     columns = grid_columns(len(prompts))
     record = {"step": step, "columns": columns, "prompts": list(prompts)}
     atomic_write(path.with_suffix(".json"), json.dumps(record, indent=2).encode())
-    atomic_write(path, png.getvalue())
+    atomic_write(path, png_bytes(image_grid(images)))
     return str(path)
 
 
 def sample_path(directory: Path, step: int | None) -> Path:
     """``step_00001000.png``, or ``samples.png`` without a step."""
     return directory / ("samples.png" if step is None else f"step_{step:08d}.png")
-
-
-def grid_columns(count: int) -> int:
-    """Columns of a grid of ``count`` pictures, as square as can be."""
-    return ceil(sqrt(count))
-
-
-def image_grid(images: Tensor, padding: int = 2) -> Image.Image:
-    """Pictures ``[B, 3, H, W]`` in [0, 1] on one white sheet."""
-    count, _, height, width = images.shape
-    columns = grid_columns(count)
-    rows = ceil(count / columns)
-    size = (columns * (width + padding) + padding, rows * (height + padding) + padding)
-    sheet = Image.new("RGB", size, "white")
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    for index, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        row, column = divmod(index, columns)
-        place = (padding + column * (width + padding), padding + row * (height + padding))
-        sheet.paste(Image.fromarray(picture), place)
-    return sheet
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

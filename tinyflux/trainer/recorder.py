@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tinyflux.inference.sampler import image_grid, sample_path, write_samples
+from tinyflux.inference.sampler import sample_path, write_samples
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     epoch_directory,
@@ -27,6 +27,7 @@ from tinyflux.trainer.upload import Uploader
 from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import full_disk_ends_run
+from tinyflux.util.images import image_grid
 
 logger = logging.getLogger(__name__)
 
