@@ -206,7 +206,7 @@ class RaySession:
         Raises:
             RayLostError: a process that it cannot do without is gone, or it is silent.
         """
-        self._note_children()
+        self._note_children(self._vital)  # all workers are the raylet's
         silence = time.monotonic() - self._heard
         if not all(_lives(process) for process in self._vital):
             reason = "its raylet or its GCS is gone"
@@ -262,7 +262,7 @@ class RaySession:
             tidy: called in a cluster that lives; a Ray of our own takes everything with it.
         """
         self._ended.set()
-        self._note_children()
+        self._note_children(self._heads)
         if not self._dead:
             self._listener.join(_END_SECONDS)
             leaving = _start_thread(lambda: self._leave(tidy))
@@ -283,9 +283,9 @@ class RaySession:
         finally:
             ray.shutdown()
 
-    def _note_children(self) -> None:
+    def _note_children(self, heads: list[psutil.Process]) -> None:
         """Remember who is there: an orphan's parent cannot be asked any more."""
-        for head in self._heads:
+        for head in heads:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._started.update([head, *head.children(recursive=True)])
 
