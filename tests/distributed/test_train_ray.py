@@ -178,7 +178,8 @@ def test_workers_accumulation_and_engines_train_alike(make_run, straight):
     for run in (whole, *halves):
         train(run)
     halves.append(straight)
-    for first, others, close in ((halves[0], halves, 1e-7), (whole, halves, 1e-6)):
+    # Two roundings of a weight above 1, as in test_zero; a mean of one batch rounds otherwise.
+    for first, others, close in ((halves[0], halves, 2.5e-7), (whole, halves, 1e-6)):
         for run in others:
             torch.testing.assert_close(losses(run), losses(first), rtol=0, atol=close)
             torch.testing.assert_close(final(run), final(first), rtol=0, atol=close)

@@ -142,7 +142,7 @@ def test_a_picture_is_the_engines_own(server):
     answer = server.draw(**body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-seed"] == "3"
-    config = ServeConfig(checkpoint=str(server.place / "model"), max_height=8, max_width=8)
+    config = ServeConfig(checkpoint=str(server.place / "model"), default_size=16)
     engine = open_engine(config, zoo_config(server.place / "world"))
     request = SampleRequest("red circle", "", guidance_scale=2.0, **body)
     assert same(answer.content, engine.generate(request))
