@@ -39,6 +39,7 @@ class EngineClient:
         self, config: ServeConfig, engines: dict[str, DeploymentHandle], shared: DeploymentHandle
     ):
         self.config, self._engines, self._shared = config, engines, shared
+        self.started = int(time.time())
         self._metrics = PictureMetrics()
         self._limits: dict[str, PixelLimits] = {}
 

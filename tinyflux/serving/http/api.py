@@ -9,8 +9,8 @@ from tinyflux.serving.client import EngineClient
 from tinyflux.serving.http.auth import read_keys
 from tinyflux.serving.http.errors import ERRORS, answer_mistakes
 from tinyflux.serving.http.middleware import RequestGuard
-from tinyflux.serving.http.native import native_routes
-from tinyflux.serving.http.openai import openai_routes
+from tinyflux.serving.http.native import router as native_router
+from tinyflux.serving.http.openai import router as openai_router
 from tinyflux.serving.http.page import page_routes
 
 
@@ -22,13 +22,14 @@ def make_api(client: EngineClient) -> FastAPI:
         version=tinyflux.__version__,
         redoc_url=None,
     )
+    api.state.client = client
     answer_mistakes(api)
     api.add_middleware(
         RequestGuard, config=client.config, keys=read_keys(client.config.api_keys_file)
     )
     # Only told here, for the pages at /docs; the guard is what checks.
     bearer = [Security(HTTPBearer(auto_error=False))] if client.config.api_keys_file else []
-    api.include_router(openai_routes(client), dependencies=bearer, responses=ERRORS)
-    api.include_router(native_routes(client), dependencies=bearer, responses=ERRORS)
+    api.include_router(openai_router, dependencies=bearer, responses=ERRORS)
+    api.include_router(native_router, dependencies=bearer, responses=ERRORS)
     api.include_router(page_routes())
     return api

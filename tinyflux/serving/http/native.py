@@ -16,6 +16,7 @@ from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.events import Event
 from tinyflux.serving.http.auth import KEYLESS
+from tinyflux.serving.http.dependencies import Client
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.http.schemas import Count, Guidance, Interval, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
@@ -52,95 +53,95 @@ class ReloadBody(BaseModel):
     model: Text | None = Field(default=None, description="from GET /v1/models")
 
 
+router = APIRouter(tags=["TinyFlux"])
 _PICTURE: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/png": {}, "text/event-stream": {}}, "headers": DOCUMENTED}
 }
 
 
-def native_routes(client: EngineClient) -> APIRouter:
-    """Everything that OpenAI's API has no word for."""
-    routes, config = APIRouter(tags=["TinyFlux"]), client.config
+@router.post(
+    "/generate",
+    response_class=Response,
+    responses={**_PICTURE, **BODY_ERRORS, **errors_of(404, 429, 503)},
+)
+async def generate(body: GenerateBody, http: Request, client: Client) -> Response:
+    """Draw one picture.
 
-    @routes.post(
-        "/generate",
-        response_class=Response,
-        responses={**_PICTURE, **BODY_ERRORS, **errors_of(404, 429, 503)},
-    )
-    async def generate(body: GenerateBody, http: Request) -> Response:
-        """Draw one picture.
+    The answer is a PNG, its seed in the header `X-Seed`. With `Accept: text/event-stream` it
+    is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`
+    (with `prompt_truncated` for the header of like name).
+    """
+    model, request = client.choose(body.model), _request(client, body)
+    started = time.monotonic()
+    if "text/event-stream" in http.headers.get("accept", ""):
+        events = client.draw(model, request, every_step=True)
+        await anext(events)  # accepted; refusals are answers with a status of their own
+        return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
+    drawn = await client.picture(model, request)
+    headers = {
+        "X-Seed": str(request.seed),
+        "X-Seconds": f"{time.monotonic() - started:.3f}",
+        **truncation_headers(drawn),
+    }
+    return Response(drawn.png, media_type="image/png", headers=headers)
 
-        The answer is a PNG, its seed in the header `X-Seed`. With `Accept: text/event-stream` it
-        is events: `accepted`, `step` (with a `preview` every `preview_every` steps) and `finished`
-        (with `prompt_truncated` for the header of like name).
-        """
-        model, request = client.choose(body.model), _request(client, body)
-        started = time.monotonic()
-        if "text/event-stream" in http.headers.get("accept", ""):
-            events = client.draw(model, request, every_step=True)
-            await anext(events)  # accepted; refusals are answers with a status of their own
-            return StreamingResponse(_stream(events, request, started), headers=SSE_HEADERS)
-        drawn = await client.picture(model, request)
-        headers = {
-            "X-Seed": str(request.seed),
-            "X-Seconds": f"{time.monotonic() - started:.3f}",
-            **truncation_headers(drawn),
-        }
-        return Response(drawn.png, media_type="image/png", headers=headers)
 
-    @routes.get("/info", responses=errors_of(404))
-    async def info(model: Text | None = None) -> dict[str, Any]:
-        """What can be asked for: models, solvers, limits and defaults."""
-        chosen = client.choose(model)
-        return {
-            "model": chosen,
-            "models": client.models,
-            "solvers": list(get_args(Solver)),
-            "limits": {
-                **(await client.limits(chosen))._asdict(),
-                "max_steps": config.max_steps,
-                "max_n": config.max_n,
-                "max_prompt_chars": config.max_prompt_chars,
-            },
-            "defaults": {
-                "size": config.default_size,
-                "steps": config.default_steps,
-                "guidance": config.default_guidance,
-            },
-        }
+@router.get("/info", responses=errors_of(404))
+async def info(client: Client, model: Text | None = None) -> dict[str, Any]:
+    """What can be asked for: models, solvers, limits and defaults."""
+    chosen, config = client.choose(model), client.config
+    return {
+        "model": chosen,
+        "models": client.models,
+        "solvers": list(get_args(Solver)),
+        "limits": {
+            **(await client.limits(chosen))._asdict(),
+            "max_steps": config.max_steps,
+            "max_n": config.max_n,
+            "max_prompt_chars": config.max_prompt_chars,
+        },
+        "defaults": {
+            "size": config.default_size,
+            "steps": config.default_steps,
+            "guidance": config.default_guidance,
+        },
+    }
 
-    @routes.get("/healthz", openapi_extra=KEYLESS)
-    async def healthz() -> dict[str, str]:
-        """Whether the server is alive."""
-        return {"status": "ok"}
 
-    @routes.get("/readyz", responses=errors_of(503), openapi_extra=KEYLESS)
-    async def readyz() -> dict[str, str]:
-        """Whether every model can draw now."""
-        for model in client.models:
-            if not await client.ready(model):
-                raise ApiError(503, f"the model '{model}' is not ready", retry_after=1)
-        return {"status": "ready"}
+@router.get("/healthz", openapi_extra=KEYLESS)
+async def healthz() -> dict[str, str]:
+    """Whether the server is alive."""
+    return {"status": "ok"}
 
-    @routes.get("/admin/replicas")
-    async def replicas() -> dict[str, Any]:
-        """What every replica says of itself: its batch, its queue, its reloads."""
-        return {"replicas": await client.replicas()}
 
-    @routes.post("/admin/reload", status_code=202, responses={**BODY_ERRORS, **errors_of(404)})
-    async def reload(body: ReloadBody) -> dict[str, str]:
-        """Have every replica of a model read its checkpoint again; requests go on meanwhile.
+@router.get("/readyz", responses=errors_of(503), openapi_extra=KEYLESS)
+async def readyz(client: Client) -> dict[str, str]:
+    """Whether every model can draw now."""
+    for model in client.models:
+        if not await client.ready(model):
+            raise ApiError(503, f"the model '{model}' is not ready", retry_after=1)
+    return {"status": "ready"}
 
-        Needs a server with API keys. `GET /admin/replicas` counts reloads as they are done.
-        """
-        if config.api_keys_file is None:
-            raise ApiError(
-                403, "reloading needs a server with API keys: its owner sets serve.api_keys_file"
-            )
-        model = client.choose(body.model)
-        await client.reload(model)
-        return {"model": model, "status": "reloading"}
 
-    return routes
+@router.get("/admin/replicas")
+async def replicas(client: Client) -> dict[str, Any]:
+    """What every replica says of itself: its batch, its queue, its reloads."""
+    return {"replicas": await client.replicas()}
+
+
+@router.post("/admin/reload", status_code=202, responses={**BODY_ERRORS, **errors_of(404)})
+async def reload(body: ReloadBody, client: Client) -> dict[str, str]:
+    """Have every replica of a model read its checkpoint again; requests go on meanwhile.
+
+    Needs a server with API keys. `GET /admin/replicas` counts reloads as they are done.
+    """
+    if client.config.api_keys_file is None:
+        raise ApiError(
+            403, "reloading needs a server with API keys: its owner sets serve.api_keys_file"
+        )
+    model = client.choose(body.model)
+    await client.reload(model)
+    return {"model": model, "status": "reloading"}
 
 
 def _request(client: EngineClient, body: GenerateBody) -> SampleRequest:

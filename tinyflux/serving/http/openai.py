@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from tinyflux.inference.events import Drawn, Step
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
+from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.events import Event
 from tinyflux.serving.http.auth import KEYLESS
+from tinyflux.serving.http.dependencies import Client
 from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.http.schemas import Count, Guidance, Partial, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
@@ -61,91 +63,94 @@ class ImagesBody(BaseModel):
     solver: Solver = "euler"
 
 
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
 _PICTURES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "headers": DOCUMENTED}
 }
 
 
-def openai_routes(client: EngineClient) -> APIRouter:
-    """``/v1``: models, pictures, and the pictures that are kept for ``url``."""
-    routes, config, started = APIRouter(prefix="/v1", tags=["OpenAI"]), client.config, _now()
-
-    def listed(model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": started, "owned_by": "tinyflux"}
-
-    @routes.get("/models")
-    async def models() -> dict[str, Any]:
-        """The models that are served; the first is the default."""
-        return {"object": "list", "data": [listed(model) for model in client.models]}
-
-    @routes.get("/models/{model}", responses=errors_of(404))
-    async def model(model: Text) -> dict[str, Any]:
-        """One of the models that are served."""
-        return listed(client.choose(model))
-
-    @routes.post(
-        "/images/generations",
-        response_model=None,
-        responses={**_PICTURES, **BODY_ERRORS, **errors_of(404, 429, 503)},
-    )
-    async def generations(
-        body: ImagesBody, http: Request, answer: Response
-    ) -> dict[str, Any] | Response:
-        """Draw pictures; with `stream`, server-sent events with partial pictures."""
-        model, count = client.choose(body.model), body.n or 1
-        if count > config.max_n:
-            raise ApiError(400, f"n must be from 1 to {config.max_n}, not {count}", "n")
-        requests = _requests(client, body, count)
-        size = f"{requests[0].width}x{requests[0].height}"
-        if body.stream:
-            if count > 1:
-                raise ApiError(400, "a stream is of one picture: leave out n", "n")
-            if body.response_format == "url":
-                raise ApiError(400, "a stream has b64_json pictures only", "response_format")
-            events = client.draw(model, requests[0])
-            await anext(events)  # accepted; refusals are answers with a status of their own
-            stream = _stream(events, body.partial_images or 0, size)
-            return StreamingResponse(stream, headers=SSE_HEADERS)
-        if body.partial_images:
-            raise ApiError(400, "partial_images needs stream: true", "partial_images")
-        pictures = await _all([client.picture(model, request) for request in requests])
-        data: list[dict[str, Any]] = []
-        answer.headers.update(truncation_headers(pictures[0]))
-        for request, drawn in zip(requests, pictures, strict=True):
-            if body.response_format == "url":
-                name = await client.keep(drawn.png)
-                place = {"url": f"{http.base_url}v1/images/files/{name}.png"}
-            else:
-                place = {"b64_json": base64.b64encode(drawn.png).decode()}
-            data.append({**place, "seed": request.seed})
-        return {"created": _now(), "data": data, "size": size, "output_format": "png"}
-
-    @routes.get(
-        "/images/files/{name}.png",
-        response_class=Response,
-        responses={200: {"content": {"image/png": {}}}, **errors_of(404)},
-        openapi_extra=KEYLESS,
-    )
-    async def file(name: Text) -> Response:
-        """A picture that was asked for as `url`, for as long as it is kept."""
-        png = await client.kept(name)
-        if png is None:
-            raise ApiError(404, "this picture is not kept any more, or never was")
-        return Response(png, media_type="image/png", headers={"Cache-Control": "private"})
-
-    return routes
+@router.get("/models")
+async def models(client: Client) -> dict[str, Any]:
+    """The models that are served; the first is the default."""
+    return {"object": "list", "data": [_listed(client, model) for model in client.models]}
 
 
-def _requests(client: EngineClient, body: ImagesBody, count: int) -> list[SampleRequest]:
+@router.get("/models/{model}", responses=errors_of(404))
+async def model(model: Text, client: Client) -> dict[str, Any]:
+    """One of the models that are served."""
+    return _listed(client, client.choose(model))
+
+
+@router.post(
+    "/images/generations",
+    response_model=None,
+    responses={**_PICTURES, **BODY_ERRORS, **errors_of(404, 429, 503)},
+)
+async def generations(
+    body: ImagesBody, http: Request, answer: Response, client: Client
+) -> dict[str, Any] | Response:
+    """Draw pictures; with `stream`, server-sent events with partial pictures."""
+    model = client.choose(body.model)
+    _check_body(body, client.config)
+    requests = _requests(client, body)
+    size = f"{requests[0].width}x{requests[0].height}"
+    if body.stream:
+        events = client.draw(model, requests[0])
+        await anext(events)  # accepted; refusals are answers with a status of their own
+        stream = _stream(events, body.partial_images or 0, size)
+        return StreamingResponse(stream, headers=SSE_HEADERS)
+    pictures = await _all([client.picture(model, request) for request in requests])
+    answer.headers.update(truncation_headers(pictures[0]))
+    data: list[dict[str, Any]] = []
+    for request, drawn in zip(requests, pictures, strict=True):
+        if body.response_format == "url":
+            name = await client.keep(drawn.png)
+            image = {"url": f"{http.base_url}v1/images/files/{name}.png"}
+        else:
+            image = {"b64_json": base64.b64encode(drawn.png).decode()}
+        data.append({**image, "seed": request.seed})
+    return {"created": _now(), "data": data, "size": size, "output_format": "png"}
+
+
+@router.get(
+    "/images/files/{name}.png",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}, **errors_of(404)},
+    openapi_extra=KEYLESS,
+)
+async def file(name: Text, client: Client) -> Response:
+    """A picture that was asked for as `url`, for as long as it is kept."""
+    png = await client.kept(name)
+    if png is None:
+        raise ApiError(404, "this picture is not kept any more, or never was")
+    return Response(png, media_type="image/png", headers={"Cache-Control": "private"})
+
+
+def _listed(client: EngineClient, model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": client.started, "owned_by": "tinyflux"}
+
+
+def _check_body(body: ImagesBody, config: ServeConfig) -> None:
+    """Refuse what each field allows and all of them together do not.
+
+    Raises:
+        ApiError: 400, it names the field.
+    """
+    count = body.n or 1
+    if count > config.max_n:
+        raise ApiError(400, f"n must be from 1 to {config.max_n}, not {count}", "n")
+    if body.stream and count > 1:
+        raise ApiError(400, "a stream is of one picture: leave out n", "n")
+    if body.stream and body.response_format == "url":
+        raise ApiError(400, "a stream has b64_json pictures only", "response_format")
+    if body.partial_images and not body.stream:
+        raise ApiError(400, "partial_images needs stream: true", "partial_images")
+
+
+def _requests(client: EngineClient, body: ImagesBody) -> list[SampleRequest]:
+    """One request for each picture: the i-th has ``seed + i``."""
     config = client.config
-    width = height = config.default_size
-    if body.size not in (None, "auto"):
-        match = _SIZE.fullmatch(body.size)
-        if match is None:
-            raise ApiError(
-                400, f"size must be 'auto' or such as '512x512', not '{body.size:.40}'", "size"
-            )
-        width, height = int(match[1]), int(match[2])
+    width, height = _size(body.size, config.default_size)
     steps = config.default_steps if body.steps is None else body.steps
     partial = body.partial_images or 0
     seed = random.randrange(2**31) if body.seed is None else body.seed
@@ -161,8 +166,18 @@ def _requests(client: EngineClient, body: ImagesBody, count: int) -> list[Sample
             solver=body.solver,
             preview_every=ceil(steps / (partial + 1)) if body.stream and partial else 0,
         )
-        for index in range(count)
+        for index in range(body.n or 1)
     ]
+
+
+def _size(size: str | None, default: int) -> tuple[int, int]:
+    """Width and height in pixels; a size that cannot be drawn is the engine's to refuse."""
+    if size in (None, "auto"):
+        return default, default
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ApiError(400, f"size must be 'auto' or such as '512x512', not '{size:.40}'", "size")
+    return int(match[1]), int(match[2])
 
 
 async def _all(pictures: list[Any]) -> list[Drawn]:
