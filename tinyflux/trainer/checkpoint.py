@@ -29,7 +29,8 @@ from torch import Tensor
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.ema import check_tensors, read_shadow, save_shadow
+from tinyflux.model.weights import check_tensors
+from tinyflux.trainer.ema import read_shadow, save_shadow
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write, file_sha256
 
