@@ -56,14 +56,13 @@ from tinyflux.trainer.checkpoint import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
+from tinyflux.trainer.evaluation import TIMES, Evaluator, InlineEvaluator
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.losses import compute_main_loss
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.trainer.step import teacher_features
-from tinyflux.trainer.validation import TIMES
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t

@@ -45,8 +45,8 @@ from tinyflux.data.mixture import CacheMixture
 from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
+from tinyflux.trainer.evaluation import TIMES
 from tinyflux.trainer.step import teacher_features
-from tinyflux.trainer.validation import TIMES
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t

@@ -11,7 +11,10 @@ from tinyflux.cli.main import COMMANDS
 from tinyflux.config import setting_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SECTIONS = "data|zoo|cache|model|trainer|workers|sample|serve|cluster"
 SETTINGS = setting_names()
 
@@ -22,7 +25,7 @@ def links(page: Path) -> list[tuple[str, Path]]:
     return [(text, page.parent / target) for text, target in found if "://" not in target]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_and_path_leads_somewhere(page):
     for text, target in links(page):
         assert target.exists(), f"[{text}] leads to {target}"
@@ -31,7 +34,7 @@ def test_every_link_and_path_leads_somewhere(page):
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_symbol_is_defined_in_the_module_that_it_links_to(page):
     symbols = 0
     for text, target in links(page):
@@ -46,7 +49,7 @@ def test_a_symbol_is_defined_in_the_module_that_it_links_to(page):
     assert symbols > 30 or page.name != "journey.md"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_setting_and_command_exists(page):
     text = page.read_text()
     for name in re.findall(rf"(?:`|--)((?:{SECTIONS})\.[a-z_0-9]+)(?![\w(]|\.[a-z])", text):
@@ -60,3 +63,8 @@ def test_every_setting_and_command_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert target in targets, target
+
+
+def test_the_index_of_benchmarks_names_each_script():
+    targets = {target.name for _, target in links(ROOT / "benchmarks" / "README.md")}
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} <= targets

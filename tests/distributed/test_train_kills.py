@@ -25,7 +25,8 @@ from tinyflux.cache.build import BuildConfigs, LocalRunner, build
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.trainer.checkpoint import latest_checkpoint, read_state
+from tinyflux.trainer.checkpoint import read_state
+from tinyflux.trainer.checkpoint_search import latest_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import to_dict

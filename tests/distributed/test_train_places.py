@@ -13,7 +13,10 @@ from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.train import _Job, _latest, check_places, check_same_stream, claimed
+from tinyflux.distributed.resume import check_same_stream, find_checkpoint
+from tinyflux.distributed.run_lock import claimed
+from tinyflux.distributed.train import check_places
+from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
@@ -22,7 +25,7 @@ from tinyflux.trainer.config import TrainerConfig
 
 
 def job_at(run_dir):
-    return _Job(
+    return TrainingJob(
         str(run_dir), [], preset("toy"), TrainerConfig(), WorkersConfig(), ZooConfig(), "one"
     )
 
@@ -54,7 +57,7 @@ def test_another_batch_size_is_refused_where_pictures_have_several_sizes():
 
 
 def hold(run_dir, held, let_go):
-    with claimed(job_at(run_dir)):
+    with claimed(str(run_dir)):
         held.set()
         let_go.wait()
 
@@ -67,12 +70,12 @@ def test_one_training_at_a_time_writes_to_a_run_directory(tmp_path):
     assert held.wait(300)
     with (
         pytest.raises(TrainingError, match=rf"is being trained by process {other.pid} on "),
-        claimed(job_at(tmp_path)),
+        claimed(str(tmp_path)),
     ):
         pass
     other.kill()  # a lock does not outlive its holder
     other.join()
-    with claimed(job_at(tmp_path)):
+    with claimed(str(tmp_path)):
         pass
 
 
@@ -98,13 +101,15 @@ def test_the_newest_whole_checkpoint_is_named_and_damaged_ones_alone_end_the_run
     monkeypatch.setenv("TINYFLUX_LOCAL_DIR", str(tmp_path / "local"))
     run_dir, folder = places(kind, tmp_path / "run")
     folder.mkdir()
-    assert _latest(job_at(run_dir)) is None
+    assert find_checkpoint(job_at(run_dir)) is None
     checkpoint_at(folder, 8, damaged=True)
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is whole"):
-        _latest(job_at(run_dir))
+        find_checkpoint(job_at(run_dir))
     checkpoint_at(folder, 4)
     caplog.clear()
-    assert _latest(job_at(run_dir)) == "step_00000004"
+    found = find_checkpoint(job_at(run_dir))
+    assert found.name == "step_00000004"
+    assert found.checkpoint.state.step == 4
     assert [record.message.count("ema.safetensors is not as") for record in caplog.records] == [1]
 
 
@@ -116,7 +121,7 @@ def test_a_training_that_is_refused_leaves_the_others_config_alone(tmp_path, mon
     build(configs, LocalRunner(configs))
     run.workers = WorkersConfig(engine="torch")
     save_run_config(run, tmp_path / "run.yaml")
-    with claimed(job_at(run.run_dir)):
+    with claimed(run.run_dir):
         assert run_job("train", ["--config", str(tmp_path / "run.yaml")]) == 2
     assert "is being trained by process" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -126,7 +131,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(TrainingError, match="file/run cannot be written"),
-        claimed(job_at(tmp_path / "file" / "run")),
+        claimed(str(tmp_path / "file" / "run")),
     ):
         pass
     with pytest.raises(ConfigError, match="file/run' cannot be written"):

@@ -11,7 +11,9 @@ from tests.fixtures.trainers import make_trainer, shadow, weights
 from tinyflux.errors import CheckpointError, DamagedCheckpointError, InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
-from tinyflux.trainer.checkpoint import latest_checkpoint, load_checkpoint, prune, read_state
+from tinyflux.storage.folder import LocalFolder
+from tinyflux.trainer.checkpoint import load_checkpoint, prune, read_state
+from tinyflux.trainer.checkpoint_search import latest_checkpoint, load_newest
 from tinyflux.trainer.metrics import MetricLog, best_record, read_metrics
 
 WRITTEN = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.json")
@@ -107,14 +109,18 @@ def test_the_newest_whole_checkpoint_is_found_beside_a_damaged_one(saved, caplog
     assert [record.message.count("step_00000004") for record in caplog.records] == [1]
 
 
+def newest(root):
+    return load_newest(LocalFolder(root), root.joinpath, verify=True).name
+
+
 def test_the_newest_whole_checkpoint_is_found_by_its_digests(saved, tmp_path, caplog):
     trainer, path = saved
     trainer.train()
     later = path.with_name("step_00000004")
     trainer.save_checkpoint(str(later))
-    assert latest_checkpoint(path.parent, verify=True) == later
+    assert newest(path.parent) == later.name
     flip(later / "ema.safetensors", -1)
-    assert latest_checkpoint(path.parent, verify=True) == path
+    assert newest(path.parent) == path.name
     assert "ema.safetensors is not as it was written" in caplog.text
 
 

@@ -9,8 +9,9 @@ from tinyflux.data.batches import HeldOut, TrainBatch
 from tinyflux.errors import InputError
 from tinyflux.model.packing import pack_latents, unpack_latents
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.step import Draws, training_loss
-from tinyflux.trainer.validation import validate
+from tinyflux.trainer.draws import Draws
+from tinyflux.trainer.evaluation import validate
+from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
 
 CONFIG = TrainerConfig(

@@ -72,7 +72,10 @@ class BuildConfigs:
     def encoder(self) -> ShardEncoder:
         """For one process, which keeps it and the models that it holds."""
         torch.set_num_threads(max(1, int(self.cache.cpus_per_actor)))
-        extractor = extractor_for(self.zoo.build(self.model), self.cache)
+        zoo = self.zoo
+        if zoo.device == "auto" and self.cache.gpus_per_actor == 0:
+            zoo = dataclasses.replace(zoo, device="cpu")  # in a process that Ray did not start, too
+        extractor = extractor_for(zoo.build(self.model), self.cache)
         return ShardEncoder(self.store, self.data, extractor, self.model.text_padding == "zero")
 
 
@@ -109,7 +112,7 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """One thing after another, in this process."""
+    """One thing after another, in this process, with the threads and the device of one actor."""
 
     def __init__(self, configs: BuildConfigs):
         self._configs = configs
@@ -331,7 +334,7 @@ def _encode(
         _check_rejected(configs.data, failed, rejected, *dropped.values())
         progress.add(todo[name].rows)
     if len(receipts) != len(planned) * len(makers):
-        raise CacheError("Ray ended before every shard was built: run the job again to continue")
+        raise CacheError("not every shard was built: run the job again to continue")
     _print_work(receipts, lacking)
     if (expected := read_estimate(store)) is not None and len(todo) == len(planned):
         sizes: dict[str, int] = {}

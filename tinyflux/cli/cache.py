@@ -3,38 +3,39 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tinyflux.cli.local import FLAG, take_local
 from tinyflux.errors import CacheError
+
+if TYPE_CHECKING:
+    from tinyflux.cache.build import BuildConfigs, Runner
+    from tinyflux.config import RunConfig
 
 
 def build(arguments: Sequence[str]) -> None:
-    """Build a dataset, or what is missing of it or has changed."""
-    from tinyflux.config import parse_run_config
+    """Build a dataset, or what is missing of it or has changed; with --local without Ray."""
+    run, local = _parse(arguments, "build")
+    from tinyflux.cache.build import build
 
-    run = parse_run_config(arguments, "tinyflux cache build")
-    from tinyflux.distributed.build import build_cache
-
-    build_cache(run.data, run.zoo, run.cache, run.model)
+    build(*_job(run, local))
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Measure a few batches and predict bytes, hours and memory of the build."""
-    from tinyflux.config import parse_run_config
+    """Measure a few batches and predict bytes, hours and memory; with --local without Ray."""
+    run, local = _parse(arguments, "plan")
+    from tinyflux.cache.build import estimate
 
-    run = parse_run_config(arguments, "tinyflux cache plan")
-    from tinyflux.distributed.build import plan_cache
-
-    print(plan_cache(run.data, run.zoo, run.cache, run.model))
+    print(estimate(*_job(run, local)))
 
 
 def repair(arguments: Sequence[str]) -> None:
-    """Verify, remove what is damaged, and build it again."""
+    """Verify, remove what is damaged, and build it again; with --local without Ray."""
+    run, _ = _parse(arguments, "repair")
     from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
     from tinyflux.cache.store import open_store
     from tinyflux.cache.verify import drop, verify
-    from tinyflux.config import parse_run_config
 
-    run = parse_run_config(arguments, "tinyflux cache repair")
     store = open_store(run.cache.path)
     try:
         Manifest.load(store)
@@ -144,6 +145,26 @@ def cache(arguments: Sequence[str]) -> None:
         commands.add_parser(name, help=command.__doc__, add_help=False)
     options, rest = parser.parse_known_args(arguments[:1])
     COMMANDS[options.command]([*rest, *arguments[1:]])
+
+
+def _parse(arguments: Sequence[str], name: str) -> "tuple[RunConfig, bool]":
+    """The run of a command that builds, and whether it is to do without Ray."""
+    from tinyflux.config import parse_run_config
+
+    local, settings = take_local(arguments)
+    return parse_run_config(settings, f"tinyflux cache {name} {FLAG}"), local
+
+
+def _job(run: "RunConfig", local: bool) -> "tuple[BuildConfigs, Runner]":
+    """What is built, and what does the work."""
+    from tinyflux.cache.build import BuildConfigs, LocalRunner
+
+    configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+    if local:
+        return configs, LocalRunner(configs)
+    from tinyflux.distributed.build import RayRunner
+
+    return configs, RayRunner(configs)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@ from tinyflux.data.reader import StepReader
 from tinyflux.errors import ConfigError
 from tinyflux.model.experts import SolUnits
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.distillation import SOL_SAMPLES
 from tinyflux.trainer.sharding import rank_and_world
-from tinyflux.trainer.step import SOL_SAMPLES
 
 
 def check_batch_size(config: TrainerConfig, num_workers: int) -> None:

@@ -25,6 +25,20 @@ _PUBLISHED_SETTINGS: dict[str, Any] = {
     "latent_shift": 0.0,
 }
 
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "lune_expert_dim",
+    "lune_hidden_dim",
+    "sol_spatial_size",
+    "sol_hidden_dim",
+    "t5_hidden_size",
+    "in_channels",
+    "pooled_projection_dim",
+    "max_text_length",
+)
+
 
 @dataclass
 class TinyFluxConfig:
@@ -115,25 +129,22 @@ class TinyFluxConfig:
     def __post_init__(self) -> None:
         self.t5_layers = tuple(self.t5_layers)
         self.axes_dims_rope = tuple(self.axes_dims_rope)
-        heads, width = self.num_attention_heads, self.attention_head_dim
-        sizes = (
-            "hidden_size",
-            "num_attention_heads",
-            "attention_head_dim",
-            "lune_expert_dim",
-            "lune_hidden_dim",
-            "sol_spatial_size",
-            "sol_hidden_dim",
-            "t5_hidden_size",
-            "in_channels",
-            "pooled_projection_dim",
-            "max_text_length",
-        )
-        for name in sizes:
+        self._check_sizes()
+        self._check_heads()
+        self._check_rope()
+        self._check_text()
+        self._check_sol()
+        self._check_times()
+
+    def _check_sizes(self) -> None:
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
         if self.num_double_layers < 0 or self.num_single_layers < 0:
             raise ConfigError("model.num_double_layers and num_single_layers must not be negative")
+
+    def _check_heads(self) -> None:
+        heads, width = self.num_attention_heads, self.attention_head_dim
         if self.hidden_size % heads:
             raise ConfigError(
                 f"model.num_attention_heads = {heads} does not divide "
@@ -144,33 +155,44 @@ class TinyFluxConfig:
                 f"model.hidden_size = {self.hidden_size} must be num_attention_heads * "
                 f"attention_head_dim = {heads} * {width} = {heads * width}"
             )
-        if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != width:
+
+    def _check_rope(self) -> None:
+        axes, width = list(self.axes_dims_rope), self.attention_head_dim
+        if len(axes) != 3 or sum(axes) != width:
             raise ConfigError(
-                f"model.axes_dims_rope = {list(self.axes_dims_rope)} must be three numbers that "
-                f"add up to attention_head_dim = {width}, not {sum(self.axes_dims_rope)}"
+                f"model.axes_dims_rope = {axes} must be three numbers that "
+                f"add up to attention_head_dim = {width}, not {sum(axes)}"
             )
-        if any(dim < 0 or dim % 2 for dim in self.axes_dims_rope):
+        if any(dim < 0 or dim % 2 for dim in axes):
             raise ConfigError(
-                f"model.axes_dims_rope = {list(self.axes_dims_rope)} must hold even numbers: "
+                f"model.axes_dims_rope = {axes} must hold even numbers: "
                 f"rotary embedding turns channels in pairs"
             )
+        if self.theta <= 0:
+            raise ConfigError(f"model.theta must be above 0, not {self.theta}")
+
+    def _check_text(self) -> None:
         if not self.t5_layers or any(layer < 0 for layer in self.t5_layers):
             raise ConfigError(
                 f"model.t5_layers = {list(self.t5_layers)} must name at least one layer, "
                 f"counted from 0 (the embedding output)"
             )
+        if self.text_padding not in ("zero", "encoder"):
+            raise ConfigError(
+                f"model.text_padding must be 'zero' or 'encoder', not '{self.text_padding}'"
+            )
+
+    def _check_sol(self) -> None:
         if not 0 <= self.sol_geometric_weight <= 1:
             raise ConfigError(
                 f"model.sol_geometric_weight must be in [0, 1], not {self.sol_geometric_weight}"
             )
         if self.sol_num_stats not in (3, 4):
             raise ConfigError(f"model.sol_num_stats must be 3 or 4, not {self.sol_num_stats}")
-        if self.text_padding not in ("zero", "encoder"):
-            raise ConfigError(
-                f"model.text_padding must be 'zero' or 'encoder', not '{self.text_padding}'"
-            )
-        if self.timestep_shift <= 0 or self.theta <= 0:
-            raise ConfigError("model.timestep_shift and model.theta must be above 0")
+
+    def _check_times(self) -> None:
+        if self.timestep_shift <= 0:
+            raise ConfigError(f"model.timestep_shift must be above 0, not {self.timestep_shift}")
         if self.timestep_shift_tokens is not None and self.timestep_shift_tokens < 1:
             raise ConfigError(
                 f"model.timestep_shift_tokens must be 1 or more, not {self.timestep_shift_tokens}"

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from tinyflux.errors import CheckpointError, ConfigError, HubError
 from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.weights import misfits, plain_name, shapes_of
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import first_line
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
-# What torch.compile and data-parallel wrappers put before a name.
-_WRAPPERS = ("_orig_mod.", "module.")
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def save_model(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = tensors if tensors is not None else model.state_dict()
-    whole = {_bare(name): value.detach().cpu().contiguous() for name, value in state.items()}
+    whole = {plain_name(name): value.detach().cpu().contiguous() for name, value in state.items()}
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
     atomic_write(directory / CONFIG_NAME, config.encode())
     atomic_write(directory / WEIGHTS_NAME, save(whole))
@@ -144,7 +143,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         data = data["model"]
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name")
-    return {_bare(name): tensor for name, tensor in data.items()}
+    return {plain_name(name): tensor for name, tensor in data.items()}
 
 
 def _check_depth(config: TinyFluxConfig, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -155,12 +154,6 @@ def _check_depth(config: TinyFluxConfig, tensors: Mapping[str, Tensor], where: s
             f"'{where}' does not fit the model's config: it holds {len(tensors)} tensors, which "
             f"cannot be {layers} layers"
         )
-
-
-def _bare(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "") if wrapper == "_orig_mod." else name.removeprefix(wrapper)
-    return name
 
 
 def _outline(config: TinyFluxConfig, where: str) -> Mapping[str, Tensor]:
@@ -179,25 +172,9 @@ def _fitting(
 ) -> dict[str, Tensor]:
     """What of ``tensors`` fits the model's ``own``; all must, and be all, unless not ``strict``."""
     given = {k: v for k, v in tensors.items() if not k.startswith(UNUSED_PUBLISHED_PREFIXES)}
-    missing = [name for name in own if name not in given]
-    unknown = [name for name in given if name not in own]
-    misshaped = [
-        f"{name} {list(given[name].shape)} for {list(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        for what, names in (
-            ("tensors missing", missing),
-            ("unknown tensors", unknown),
-            ("tensors of another shape", misshaped),
-        )
-        if names
-    ]
+    problems = misfits(shapes_of(own), given)
     if problems and strict:
-        raise CheckpointError(f"'{where}' does not fit the model's config: {'; '.join(problems)}")
+        raise CheckpointError(f"'{where}' does not fit the model's config: {problems}")
     if problems:
-        logger.warning("'%s' fits in part: skipped %s", where, "; ".join(problems))
-    bad = {entry.split(" ", 1)[0] for entry in misshaped}
-    return {k: v for k, v in given.items() if k in own and k not in bad}
+        logger.warning("'%s' fits in part: skipped %s", where, problems)
+    return {k: v for k, v in given.items() if k in own and k not in problems.misshaped}

@@ -1,35 +1,25 @@
 """What building the cache will take."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from tinyflux.cache.build import read_estimate
 from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cache.estimate import Cost, Estimate
+from tinyflux.cache.estimate import Estimate
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.sources.folder import SUFFIXES
-from tinyflux.cache.store import open_store
+from tinyflux.cache.store import Store, open_store
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import ClusterConfig
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import ZooConfig
-from tinyflux.model.teachers import SPATIAL_SIZE
-from tinyflux.plan import encoders
-from tinyflux.util.buckets import default_buckets
+from tinyflux.plan.cache_formulas import estimate_by_formula, latent_grid
 from tinyflux.util.config import dtype_name
 
-KEY_BYTES = 36  # 32 hex digits and their length
 ROW_BYTES = 330  # of the rows file: digests, caption, where the picture is
-FILE_BYTES = 860.0  # of Parquet around the rows of a file
-# Shards end where their keys say: between a quarter of the most and all, at this on average.
-SHARD_FILL = 0.64
 # A folder with more pictures is not counted before it is planned for.
 MOST_COUNTED = 100_000
 
@@ -82,7 +72,7 @@ class CachePlan:
 
     @property
     def bytes_read(self) -> float:
-        """Of a sample, in training."""
+        """Bytes of a sample that training reads."""
         return (self.total_bytes - self.bytes.get(ROWS, 0)) / self.samples
 
 
@@ -92,45 +82,56 @@ def plan_cache(run: RunConfig) -> CachePlan:
     Raises:
         ConfigError: nobody said how many samples there are, or the actors do not fit.
     """
-    cluster: ClusterConfig = run.cluster
     store = open_store(run.cache.path) if run.cache.path else None
-    nodes = _nodes(run.cache.num_actors, run.cache, cluster)
-    factor = 2 ** (len(_vae_channels(run.zoo)) - 1)
-    grid = (run.data.height // factor, run.data.width // factor)
+    nodes = _nodes(run.cache.num_actors, run.cache, run.cluster)
     there = ""
     if store is not None and store.size(MANIFEST_NAME) is not None:
         manifest = Manifest.load(store)
-        if cluster.samples in (0, manifest.rows):
+        if run.cluster.samples in (0, manifest.rows):
             return _finished(manifest, run.cache.num_actors, nodes)
         there = f"the cache '{run.cache.path}' holds {manifest.rows:,} samples"
-    estimate = None if store is None else read_estimate(store)
-    origin, rows = "measured on a few batches", float(ROW_BYTES)
-    if estimate is None:
+    measured = None if store is None else read_estimate(store)
+    if store is None or measured is None:
         there = there or _pictures_there(run.data)
-        estimate = _by_formula(run, grid)
-        origin = f"formulas, in {dtype_name(run.zoo.dtype)}"
-        if not estimate.cost.seconds_together:
-            origin = "formulas, which know no hours"
-    else:
-        assert store is not None
-        there = there or f"the estimate is of {estimate.samples:,} samples"
-        files = store.list(SHARD_FOLDER).items()
-        rows = sum(size for path, size in files if f".{ROWS}." in path) / estimate.samples
-        estimate = _scaled(estimate, cluster.samples, run.cache.num_actors)
+        return _from_formulas(run, nodes, there)
+    there = there or f"the estimate is of {measured.samples:,} samples"
+    return _from_measured(run, store, measured, nodes, there)
+
+
+def _from_measured(
+    run: RunConfig, store: Store, measured: Estimate, nodes: int, there: str
+) -> CachePlan:
+    files = store.list(SHARD_FOLDER).items()
+    row_bytes = sum(size for path, size in files if f".{ROWS}." in path) / measured.samples
+    scaled = _scaled(measured, run.cluster.samples, run.cache.num_actors)
+    return _planned(run, scaled, "measured on a few batches", row_bytes, nodes, there)
+
+
+def _from_formulas(run: RunConfig, nodes: int, there: str) -> CachePlan:
+    estimate = estimate_by_formula(run)
+    origin = f"formulas, in {dtype_name(run.zoo.dtype)}"
+    if not estimate.cost.seconds_together:
+        origin = "formulas, which know no hours"
+    return _planned(run, estimate, origin, float(ROW_BYTES), nodes, there)
+
+
+def _planned(
+    run: RunConfig, estimate: Estimate, origin: str, row_bytes: float, nodes: int, there: str
+) -> CachePlan:
     groups = {group: estimate.bytes(group) for group in estimate.cost.bytes_per_sample}
     known = bool(estimate.cost.seconds_together)
     return CachePlan(
         origin=origin,
         samples=estimate.samples,
         shards=estimate.shards,
-        grid=grid,
-        bytes={ROWS: rows * estimate.samples, **groups},
+        grid=latent_grid(run),
+        bytes={ROWS: row_bytes * estimate.samples, **groups},
         seconds_per_sample=estimate.cost.seconds_per_sample,
         seconds_together=estimate.cost.seconds_together,
         hours=estimate.hours if known else None,
         actors=estimate.actors,
         nodes=nodes,
-        note=_note(there, cluster.samples),
+        note=_note(there, run.cluster.samples),
     )
 
 
@@ -143,8 +144,9 @@ def _pictures_there(data: DataConfig) -> str:
     if data.format not in ("auto", "folder") or not os.path.isdir(data.folder):
         return ""
     names = (name.lower() for _, _, files in os.walk(data.folder) for name in files)
-    found = list(islice((name for name in names if name.endswith(SUFFIXES)), MOST_COUNTED + 1))
-    return f"'{data.folder}' holds {len(found):,} pictures" if len(found) <= MOST_COUNTED else ""
+    pictures = (name for name in names if name.endswith(SUFFIXES))
+    count = sum(1 for _ in islice(pictures, MOST_COUNTED + 1))
+    return f"'{data.folder}' holds {count:,} pictures" if count <= MOST_COUNTED else ""
 
 
 def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
@@ -172,7 +174,7 @@ def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
 
 
 def _nodes(actors: int, cache: CacheConfig, cluster: ClusterConfig) -> int:
-    """That hold the actors."""
+    """The number of nodes that hold the actors."""
     gpus, cpus = cluster.gpus_per_node, cluster.cpus_per_node
     each = actors
     if cache.gpus_per_actor:
@@ -206,71 +208,3 @@ def _scaled(estimate: Estimate, samples: int, actors: int) -> Estimate:
         actors=min(actors, shards),
         samples_by_size=sizes,
     )
-
-
-def _by_formula(run: RunConfig, grid: tuple[int, int]) -> Estimate:
-    """Bytes from shapes; seconds from FLOPs, where the models are the published ones."""
-    model, cluster = run.model, run.cluster
-    if not cluster.samples:
-        raise ConfigError(
-            "the number of samples is not known: set cluster.samples, or let --measure look at "
-            "the pictures"
-        )
-    buckets = len(default_buckets())
-    every_token = model.text_padding == "encoder"
-    tokens = model.max_text_length if every_token else cluster.caption_tokens
-    text = 2 * (min(tokens, model.max_text_length) * model.t5_hidden_size)
-    sizes = {
-        "latents": 2.0 * model.in_channels * grid[0] * grid[1],
-        "text": text + 2 * model.pooled_projection_dim + (0 if every_token else 8),
-    }
-    if run.cache.extract_lune:
-        sizes["lune"] = 2 * buckets * model.lune_expert_dim
-    if run.cache.extract_sol:
-        sizes["sol"] = 2 * buckets * (4 + SPATIAL_SIZE**2)
-    seconds, together = _encoding_seconds(run, sizes.keys())
-    shards = -(-cluster.samples // max(1, round(SHARD_FILL * run.cache.rows_per_shard)))
-    cost = Cost(
-        {group: KEY_BYTES + value for group, value in sizes.items()},
-        dict.fromkeys(sizes, FILE_BYTES),
-        seconds,
-        together,
-        0.0,
-        0,
-        0,
-    )
-    actors = min(run.cache.num_actors, shards)
-    here = (run.data.width, run.data.height)
-    size = f"{run.data.width} x {run.data.height}"
-    return Estimate(cluster.samples, shards, actors, {size: cluster.samples}, here, cost)
-
-
-def _encoding_seconds(run: RunConfig, groups: Collection[str]) -> tuple[dict[str, float], float]:
-    """Of a sample's groups alone, and of all together; nothing where models or speed are unknown.
-
-    The teachers' latents are encoded once for both.
-    """
-    cache, buckets = run.cache, len(default_buckets())
-    speed = run.cluster.speed(run.zoo.dtype, on_gpu=cache.gpus_per_actor > 0)
-    if os.path.isdir(run.zoo.experts_repo) or not all(speed):
-        return {}, 0.0
-    pixels = run.data.width * run.data.height
-    share = min(1.0, cache.gpus_per_actor or 1.0)
-    vae = encoders.VAE.at(pixels).seconds(speed)
-    teachers = {
-        "lune": buckets * encoders.LUNE.at(pixels).seconds(speed),
-        "sol": buckets * encoders.SOL.at(pixels).seconds(speed),
-    }
-    asked = {group: value for group, value in teachers.items() if group in groups}
-    text = encoders.TEXT.seconds(speed)
-    alone = {"latents": vae, "text": text, **{key: vae + value for key, value in asked.items()}}
-    together = vae + text + sum(asked.values()) + (vae if asked else 0.0)
-    return {group: value / share for group, value in alone.items()}, together / share
-
-
-def _vae_channels(zoo: ZooConfig) -> list[int]:
-    """Channels of the student's VAE by level: each but the last halves a picture's sides."""
-    for place in (Path(zoo.vae_repo, "vae", "config.json"), Path(zoo.vae_repo, "config.json")):
-        if place.is_file():
-            return json.loads(place.read_text())["block_out_channels"]
-    return [128, 256, 512, 512]  # FLUX's

@@ -1,6 +1,8 @@
-"""What training will take: memory by ZeRO stage, steps a second, checkpoints."""
+"""What training will take: steps, checkpoints, hours."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -8,19 +10,13 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.config import GB, ClusterConfig, WorkersConfig
 from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
-from tinyflux.distributed.memory import FP32, buffer_bytes, sent_bytes, worker_bytes
+from tinyflux.distributed.memory import FP32, sent_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan
+from tinyflux.plan.memory import plan_memory
 from tinyflux.plan.work import StepWork, calibrate, step_work
-from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.config import dtype_name
 from tinyflux.util.device import resolve_device
-
-# CUDA's context, cuBLAS, NCCL and what the allocator cannot use.
-GPU_RESERVE = 2 * GB
-# A process with torch, Ray and DeepSpeed in it, before it has a model.
-PROCESS = 0.9 * GB
-ON_CPU_WITH_OFFLOAD = ("master", "moments")
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,7 @@ class TrainingPlan:
 
     @property
     def step_seconds(self) -> float:
+        """Seconds of a step at the stage that the run asks for."""
         return max(self.compute + self.communication, self.reading)
 
 
@@ -83,65 +80,121 @@ def plan_training(run: RunConfig, cache: CachePlan, calibrated: bool) -> Trainin
     Raises:
         ConfigError: what cannot fit, or a speed that nobody stated.
     """
-    cluster, workers, trainer = run.cluster, run.workers, run.trainer
-    check_batch_size(trainer, workers.num_workers)
-    stages = (0, 1, 2, 3) if workers.engine == "deepspeed" else (0,)
-    stage = workers.zero_stage if workers.engine == "deepspeed" else 0
-    if workers.engine == "deepspeed":
-        check_zero(trainer, stage, workers.offload)
-    nodes, each = _nodes(workers, cluster)
-    count, parts = workers.num_workers, trainer.gradient_accumulation
-    micro_batch = -(-trainer.batch_size // (count * parts))
+    trainer, workers = run.trainer, run.workers
+    stages, stage = _stages(run)
+    nodes, workers_per_node = _nodes(workers, run.cluster)
+    micro_batch = -(-trainer.batch_size // (workers.num_workers * trainer.gradient_accumulation))
     work = step_work(run.model, trainer, micro_batch, cache.grid)
-    memory = {at: _memory(work, run, at) for at in stages}
-    limit = _limit(workers, cluster, each)
-    fitting = [at for at in stages if sum(memory[at].values()) <= limit]
-    if limit:
-        _check_memory(memory, fitting, stage, limit, micro_batch)
-    _check_host(work, run, each)
-
+    memory = plan_memory(run, work, stages, stage, micro_batch, workers_per_node)
+    link = run.cluster.network if nodes > 1 else run.cluster.link_gb_per_s * GB
     seconds, origin = _seconds(run, work, micro_batch, cache.grid, calibrated)
-    sent = {at: sent_bytes(work.parameters, work.trainable, count, at, parts) for at in stages}
-    link = cluster.network if nodes > 1 else cluster.link_gb_per_s * GB
-    read = trainer.batch_size * cache.bytes_read / cluster.storage(nodes)
-    size = FP32 * (work.parameters + 3 * work.trainable)
-    gathered = size if stage == 3 else size - FP32 * work.parameters
-    gathering = gathered * (count - 1) / count / link
-    writing = size / cluster.storage(1)
-    stall = gathering + (0.0 if trainer.async_checkpoints else writing)
-    every = trainer.save_every_steps
-    saved = trainer.total_steps // every if every else 0
-    steps = {at: max(parts * seconds + sent[at] / link, read) for at in stages}
-    step = steps[stage]
-    interval = every * step if every else 0.0
-    if trainer.async_checkpoints and saved:
-        stall += max(0.0, writing - interval)  # the next one waits for the one before
+    step = _plan_step(run, work, cache, stages, seconds, link, nodes)
+    checkpoint = _plan_checkpoint(run, work, stage, step.seconds[stage], link)
     samples = trainer.total_steps * trainer.batch_size
+    fitting = memory.fitting if memory.limit else stages
     return TrainingPlan(
         origin=origin,
         parameters=work.parameters,
-        workers=count,
+        workers=workers.num_workers,
         nodes=nodes,
         micro_batch=micro_batch,
         flops_per_sample=work.flops / micro_batch,
-        memory=memory,
-        limit=limit,
+        memory=memory.by_stage,
+        limit=memory.limit,
         stage=stage,
-        smallest_stage=min(fitting, default=None),
-        compute=parts * seconds,
-        communication=sent[stage] / link,
-        reading=read,
-        sent=sent,
-        seconds_by_stage=steps,
-        cheapest_stage=min(fitting if limit else stages, key=lambda at: (steps[at], -at)),
-        checkpoint_bytes=size,
-        checkpoint_seconds=gathering + writing,
-        stall=stall,
-        bytes_kept=min(saved, trainer.keep_last_n_steps) * size + 2 * FP32 * work.parameters,
+        smallest_stage=min(memory.fitting, default=None),
+        compute=step.compute,
+        communication=step.communication[stage],
+        reading=step.reading,
+        sent=step.sent,
+        seconds_by_stage=step.seconds,
+        cheapest_stage=min(fitting, key=lambda at: (step.seconds[at], -at)),
+        checkpoint_bytes=checkpoint.bytes,
+        checkpoint_seconds=checkpoint.seconds,
+        stall=checkpoint.stall,
+        bytes_kept=checkpoint.bytes_kept,
         steps=trainer.total_steps,
         epochs=samples / (cache.samples * (1 - trainer.val_fraction)),
-        hours=(trainer.total_steps * step + saved * stall) / 3600,
+        hours=(trainer.total_steps * step.seconds[stage] + checkpoint.saved * checkpoint.stall)
+        / 3600,
     )
+
+
+class _Step(NamedTuple):
+    """An optimizer step: seconds of its parts, and bytes that a worker sends, by ZeRO stage."""
+
+    compute: float
+    reading: float
+    sent: dict[int, int]
+    communication: dict[int, float]
+    seconds: dict[int, float]
+
+
+class _Checkpoint(NamedTuple):
+    """A checkpoint's size and seconds, how long training waits for it, and how many there are."""
+
+    bytes: int
+    seconds: float
+    stall: float
+    saved: int
+    bytes_kept: float
+
+
+def _stages(run: RunConfig) -> tuple[tuple[int, ...], int]:
+    """The ZeRO stages that can be compared, and the one that the run asks for.
+
+    Raises:
+        ConfigError: the batch or the stage cannot be trained with these workers.
+    """
+    check_batch_size(run.trainer, run.workers.num_workers)
+    if run.workers.engine != "deepspeed":
+        return (0,), 0
+    check_zero(run.trainer, run.workers.zero_stage, run.workers.offload)
+    return (0, 1, 2, 3), run.workers.zero_stage
+
+
+def _plan_step(
+    run: RunConfig,
+    work: StepWork,
+    cache: CachePlan,
+    stages: Sequence[int],
+    seconds: float,
+    link: float,
+    nodes: int,
+) -> _Step:
+    """Plan an optimizer step of micro-batches of ``seconds``; ``link`` is bytes a second."""
+    count, parts = run.workers.num_workers, run.trainer.gradient_accumulation
+    compute = parts * seconds
+    reading = run.trainer.batch_size * cache.bytes_read / run.cluster.storage(nodes)
+    sent = {at: sent_bytes(work.parameters, work.trainable, count, at, parts) for at in stages}
+    communication = {at: sent[at] / link for at in stages}
+    return _Step(
+        compute,
+        reading,
+        sent,
+        communication,
+        {at: max(compute + communication[at], reading) for at in stages},
+    )
+
+
+def _plan_checkpoint(
+    run: RunConfig, work: StepWork, stage: int, step_seconds: float, link: float
+) -> _Checkpoint:
+    trainer, count = run.trainer, run.workers.num_workers
+    size = FP32 * (work.parameters + 3 * work.trainable)
+    gathered = size if stage == 3 else size - FP32 * work.parameters
+    gathering = gathered * (count - 1) / count / link
+    writing = size / run.cluster.storage(1)
+    every = trainer.save_every_steps
+    saved = trainer.total_steps // every if every else 0
+    stall = gathering
+    if not trainer.async_checkpoints:
+        stall += writing
+    elif saved and every:
+        # The next one waits for the one before.
+        stall += max(0.0, writing - every * step_seconds)
+    kept = min(saved, trainer.keep_last_n_steps) * size + 2 * FP32 * work.parameters
+    return _Checkpoint(size, gathering + writing, stall, saved, kept)
 
 
 def _seconds(
@@ -189,76 +242,3 @@ def _nodes(workers: WorkersConfig, cluster: ClusterConfig) -> tuple[int, int]:
     if not workers.use_gpu and not cluster.cpus_per_node:
         each = -(-count // cluster.nodes)
     return -(-count // each), each
-
-
-def _memory(work: StepWork, run: RunConfig, stage: int) -> dict[str, float]:
-    """Bytes of each kind on one worker's GPU or, without GPUs, in its process."""
-    workers = run.workers
-    kinds: dict[str, float] = dict(
-        worker_bytes(work.parameters, workers.num_workers, stage, work.trainable)
-    )
-    if workers.offload and stage:
-        for kind in ON_CPU_WITH_OFFLOAD:
-            del kinds[kind]
-    kinds["activations"] = work.activation_bytes
-    kinds["buffers"] = buffer_bytes(work.parameters, work.largest, stage)
-    if workers.use_gpu and 0 < workers.evaluator_gpus < 1 and _evaluates(run.trainer):
-        kinds["evaluator"] = 2 * FP32 * work.parameters  # weights and EMA; its encoders come on top
-    kinds["reserve"] = GPU_RESERVE if workers.use_gpu else PROCESS
-    return kinds
-
-
-def _evaluates(trainer: TrainerConfig) -> bool:
-    return bool(trainer.validate_every or (trainer.sample_every and trainer.sample_prompts))
-
-
-def _limit(workers: WorkersConfig, cluster: ClusterConfig, each: int) -> float:
-    """Bytes that one worker may have, 0 if not stated."""
-    if workers.use_gpu:
-        return cluster.gpu_bytes
-    return cluster.memory_gb_per_node * GB / each
-
-
-def _check_memory(
-    memory: dict[int, dict[str, float]],
-    fitting: list[int],
-    stage: int,
-    limit: float,
-    micro_batch: int,
-) -> None:
-    needs = sum(memory[stage].values())
-    if needs <= limit:
-        return
-    if any(at > stage for at in fitting):
-        # A smaller stage never needs less.
-        advice = f"set workers.zero_stage to {min(at for at in fitting if at > stage)}"
-    else:
-        kind = max(memory[stage], key=lambda name: memory[stage][name])
-        advice = f"its {kind} take most of it, so " + (
-            "raise trainer.gradient_accumulation or set trainer.gradient_checkpointing"
-            if kind == "activations" and micro_batch > 1
-            else "use more workers, workers.offload, or a GPU with more memory"
-        )
-    raise ConfigError(
-        f"a worker needs {needs / GB:.1f} GB at ZeRO stage {stage} with {micro_batch} samples at a "
-        f"time and has {limit / GB:.1f}: {advice}"
-    )
-
-
-def _check_host(work: StepWork, run: RunConfig, each: int) -> None:
-    """Whether a node's memory holds what its workers keep beside GPUs."""
-    cluster, workers, trainer = run.cluster, run.workers, run.trainer
-    if not (workers.use_gpu and cluster.memory_gb_per_node):
-        return
-    state = 3 * FP32 * work.trainable
-    needs = each * PROCESS
-    if workers.offload and workers.zero_stage:
-        needs += each * -(-state // workers.num_workers)
-    if trainer.async_checkpoints:
-        needs += state + FP32 * work.parameters  # of rank 0, on its way to the disk
-    if needs > cluster.memory_gb_per_node * GB:
-        raise ConfigError(
-            f"the node of the first worker needs {needs / GB:.1f} GB of memory beside its GPUs and "
-            f"has {cluster.memory_gb_per_node:.1f}: set trainer.async_checkpoints to false, or use "
-            f"nodes with more"
-        )

@@ -24,7 +24,7 @@ from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run_dir import EVALUATION, EVALUATION_PICTURES, FINAL
-from tinyflux.trainer.validation import validate
+from tinyflux.trainer.evaluation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write

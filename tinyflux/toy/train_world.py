@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tinyflux.util.logging import log_to_console
 from tinyflux.util.seeding import generator
 
 PICTURE_SIZE = 32
+RECORD = "world.json"
 
 logger = logging.getLogger(__name__)
 
@@ -170,66 +172,96 @@ def train_teacher(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out", type=Path, help="folder of the world")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=9000)
-    parser.add_argument("--lune-steps", type=int, default=2500)
-    parser.add_argument("--sol-steps", type=int, default=1200)
-    arguments = parser.parse_args()
-    log_to_console()
-    out: Path = arguments.out
+@dataclass
+class WorldFolder:
+    """A toy world that is being trained, on disk.
 
-    emoji = list_emoji()
-    captions = [one.caption for one in emoji]
-    drawn = np.stack([np.asarray(draw(one, PICTURE_SIZE)) for one in emoji])
-    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    Attributes:
+        record: what ``world.json`` holds: the seed and each finished stage's figures.
+    """
 
-    record_path = out / "world.json"
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-    else:
-        torch.manual_seed(arguments.seed)
-        build_untrained(out, captions, arguments.seed, WorldSizes())
-        t5 = T5EncoderModel.from_pretrained(out / "t5", dtype=torch.float16)
-        t5.save_pretrained(out / "t5")
-        record = {"seed": arguments.seed, "pictures": len(emoji), "picture_size": PICTURE_SIZE}
+    path: Path
+    record: dict[str, Any]
 
-    def finish(stage: str, figures: dict[str, float], *models: tuple[Any, str]) -> None:
-        for model, folder in models:
-            model.half().save_pretrained(out / folder)
+    @classmethod
+    def open(cls, path: Path, captions: list[str], seed: int) -> "WorldFolder":
+        """The world at ``path``, which is begun with random weights where there is none."""
+        if (path / RECORD).exists():
+            return cls(path, json.loads((path / RECORD).read_text()))
+        torch.manual_seed(seed)
+        build_untrained(path, captions, seed, WorldSizes())
+        t5 = T5EncoderModel.from_pretrained(path / "t5", dtype=torch.float16)
+        t5.save_pretrained(path / "t5")
+        return cls(path, {"seed": seed, "pictures": len(captions), "picture_size": PICTURE_SIZE})
+
+    def finish(self, stage: str, figures: dict[str, float], **models: Any) -> None:
+        """Store a stage's ``models`` in fp16 in folders of their names, then record the stage."""
+        for folder, model in models.items():
+            model.half().save_pretrained(self.path / folder)
             model.float()
-        record[stage] = figures
-        atomic_write(record_path, (json.dumps(record, indent=2) + "\n").encode())
+        self.record[stage] = figures
+        atomic_write(self.path / RECORD, (json.dumps(self.record, indent=2) + "\n").encode())
 
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32)
-    if "vae" not in record:
-        figures = train_vae(vae, pictures, arguments.vae_steps, arguments.seed)
-        finish("vae", figures, (vae, "vae"))
-    vae.eval()
-    latents = (encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor
 
-    tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
+def finished_vae(world: WorldFolder, pictures: Tensor, steps: int, seed: int) -> AutoencoderKL:
+    """The world's VAE, trained for ``steps`` if it is not yet."""
+    vae = AutoencoderKL.from_pretrained(world.path / "vae", torch_dtype=torch.float32)
+    if "vae" not in world.record:
+        figures = train_vae(vae, pictures, steps, seed)
+        world.finish("vae", figures, vae=vae)
+    return vae.eval()
+
+
+def finish_teachers(
+    world: WorldFolder, captions: list[str], latents: Tensor, steps: dict[str, int], seed: int
+) -> None:
+    """Train the teachers that are not trained yet: Lune with CLIP, then Sol."""
+    tokenizer = CLIPTokenizer.from_pretrained(world.path / "clip")
     tokens = tokenizer(
         [*captions, ""], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-    clip = CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float32)
-    for stage, steps in (("lune", arguments.lune_steps), ("sol", arguments.sol_steps)):
-        if stage in record:
+    clip = CLIPTextModel.from_pretrained(world.path / "clip", dtype=torch.float32)
+    for stage in ("lune", "sol"):
+        if stage in world.record:
             continue
-        unet = UNet2DConditionModel.from_pretrained(out / stage, torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(world.path / stage, torch_dtype=torch.float32)
         figures = train_teacher(
             stage,
             unet,
             clip,
             tokens,
             latents,
-            steps,
-            arguments.seed + (stage == "sol"),
+            steps[stage],
+            seed + (stage == "sol"),
             train_clip=stage == "lune",
         )
-        finish(stage, figures, (unet, stage), *([(clip, "clip")] if stage == "lune" else []))
+        trained = {"lune": unet, "clip": clip} if stage == "lune" else {"sol": unet}
+        world.finish(stage, figures, **trained)
+
+
+def main() -> None:
+    """Train what is missing of the world in the folder that the command line names."""
+    arguments = _arguments()
+    log_to_console()
+    emoji = list_emoji()
+    captions = [one.caption for one in emoji]
+    drawn = np.stack([np.asarray(draw(one, PICTURE_SIZE)) for one in emoji])
+    pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+    world = WorldFolder.open(arguments.out, captions, arguments.seed)
+    vae = finished_vae(world, pictures, arguments.vae_steps, arguments.seed)
+    latents = (encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor
+    steps = {"lune": arguments.lune_steps, "sol": arguments.sol_steps}
+    finish_teachers(world, captions, latents, steps, arguments.seed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, help="folder of the world")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=9000)
+    parser.add_argument("--lune-steps", type=int, default=2500)
+    parser.add_argument("--sol-steps", type=int, default=1200)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -66,6 +66,24 @@ def unpack(folder: str | Path) -> Path:
     return folder
 
 
+def build_untrained(
+    folder: str | Path, captions: Sequence[str], seed: int, sizes: WorldSizes | None = None
+) -> Path:
+    """Write a world with random weights and tokenizers made from ``captions`` to ``folder``."""
+    folder, sizes = Path(folder), sizes or WorldSizes()
+    t5_vocabulary, clip_vocabulary = build_tokenizers(captions, folder, sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _vae(sizes, sizes.latent_channels).save_pretrained(folder / "vae")
+        if sizes.sd_latent_channels is not None:
+            _vae(sizes, sizes.sd_latent_channels).save_pretrained(folder / "sd" / "vae")
+        _t5(sizes, t5_vocabulary).save_pretrained(folder / "t5")
+        _clip(sizes, clip_vocabulary).save_pretrained(folder / "clip")
+        for teacher in ("lune", "sol"):
+            _teacher(sizes).save_pretrained(folder / teacher)
+    return folder
+
+
 def build_tokenizers(captions: Sequence[str], folder: Path, sizes: WorldSizes) -> tuple[int, int]:
     """Train a T5 and a CLIP tokenizer on ``captions``, save them to ``t5/`` and ``clip/``.
 
@@ -74,6 +92,13 @@ def build_tokenizers(captions: Sequence[str], folder: Path, sizes: WorldSizes) -
     """
     if not captions:
         raise InputError("a toy world needs at least one caption to make its tokenizers from")
+    t5, clip = _t5_tokenizer(captions, sizes), _clip_tokenizer(captions, sizes)
+    t5.save_pretrained(folder / "t5")
+    clip.save_pretrained(folder / "clip")
+    return len(t5), len(clip)
+
+
+def _t5_tokenizer(captions: Sequence[str], sizes: WorldSizes) -> T5Tokenizer:
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -91,9 +116,10 @@ def build_tokenizers(captions: Sequence[str], folder: Path, sizes: WorldSizes) -
         ),
     )
     pieces = [tuple(piece) for piece in json.loads(unigram.to_str())["model"]["vocab"]]
-    t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-    t5.save_pretrained(folder / "t5")
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
+
+def _clip_tokenizer(captions: Sequence[str], sizes: WorldSizes) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -114,70 +140,60 @@ def build_tokenizers(captions: Sequence[str], folder: Path, sizes: WorldSizes) -
         ),
     )
     learned = json.loads(bpe.to_str())["model"]
-    clip = CLIPTokenizer(
+    return CLIPTokenizer(
         vocab=learned["vocab"],
         merges=[tuple(merge) for merge in learned["merges"]],
         model_max_length=sizes.clip_positions,
     )
-    clip.save_pretrained(folder / "clip")
-    return len(t5), len(clip)
 
 
-def build_untrained(
-    folder: str | Path, captions: Sequence[str], seed: int, sizes: WorldSizes | None = None
-) -> Path:
-    """Write a world with random weights and tokenizers made from ``captions`` to ``folder``."""
-    folder, sizes = Path(folder), sizes or WorldSizes()
-    t5_vocabulary, clip_vocabulary = build_tokenizers(captions, folder, sizes)
-    side = sizes.picture_size // 2 ** (len(sizes.vae_channels) - 1)
-    teacher_latents = sizes.sd_latent_channels or sizes.latent_channels
+def _t5(sizes: WorldSizes, vocabulary: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=sizes.text_width,
+            d_kv=sizes.text_width // 4,
+            d_ff=2 * sizes.text_width,
+            num_layers=sizes.text_layers,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",  # as in flan-T5
+        )
+    )
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _vae(sizes, sizes.latent_channels).save_pretrained(folder / "vae")
-        if sizes.sd_latent_channels is not None:
-            _vae(sizes, sizes.sd_latent_channels).save_pretrained(folder / "sd" / "vae")
-        T5EncoderModel(
-            T5Config(
-                vocab_size=t5_vocabulary,
-                d_model=sizes.text_width,
-                d_kv=sizes.text_width // 4,
-                d_ff=2 * sizes.text_width,
-                num_layers=sizes.text_layers,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",  # as in flan-T5
-            )
-        ).save_pretrained(folder / "t5")
-        CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=clip_vocabulary,
-                hidden_size=sizes.text_width,
-                intermediate_size=2 * sizes.text_width,
-                projection_dim=sizes.text_width,
-                num_hidden_layers=sizes.text_layers,
-                num_attention_heads=4,
-                max_position_embeddings=sizes.clip_positions,
-                # Where the pooled embedding is read; the config's own default is CLIP's.
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        ).save_pretrained(folder / "clip")
-        levels = len(sizes.teacher_channels)
-        for teacher in ("lune", "sol"):
-            UNet2DConditionModel(
-                sample_size=side,
-                in_channels=teacher_latents,
-                out_channels=teacher_latents,
-                block_out_channels=sizes.teacher_channels,
-                down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-                layers_per_block=1,
-                cross_attention_dim=sizes.text_width,
-                attention_head_dim=4,  # diffusers' name for the number of heads
-                norm_num_groups=8,
-            ).save_pretrained(folder / teacher)
-    return folder
+
+def _clip(sizes: WorldSizes, vocabulary: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=sizes.text_width,
+            intermediate_size=2 * sizes.text_width,
+            projection_dim=sizes.text_width,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=sizes.clip_positions,
+            # Where the pooled embedding is read; the config's own default is CLIP's.
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def _teacher(sizes: WorldSizes) -> UNet2DConditionModel:
+    levels = len(sizes.teacher_channels)
+    latent_channels = sizes.sd_latent_channels or sizes.latent_channels
+    return UNet2DConditionModel(
+        sample_size=sizes.picture_size // 2 ** (len(sizes.vae_channels) - 1),
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=sizes.teacher_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        layers_per_block=1,
+        cross_attention_dim=sizes.text_width,
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=8,
+    )
 
 
 def _vae(sizes: WorldSizes, latent_channels: int) -> AutoencoderKL:

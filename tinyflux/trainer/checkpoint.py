@@ -14,11 +14,9 @@ It is written under another name and renamed when it is whole: one that can be s
 import copy
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,14 @@ from torch import Tensor
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.ema import check_tensors, read_shadow, save_shadow
+from tinyflux.model.weights import check_tensors
+from tinyflux.trainer.ema import read_shadow, save_shadow
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.files import atomic_write, file_sha256
 
 FORMAT_VERSION = 1
 STATE_FILE = "trainer_state.json"
 STATE_DIGEST = "sha256"  # in it, of all that it says beside
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -233,36 +230,6 @@ def parse_state(text: bytes, where: str) -> TrainerState:
         return from_dict(TrainerState, data, where)
     except ConfigError as error:
         raise DamagedCheckpointError(str(error)) from error
-
-
-def latest_checkpoint(root: str | os.PathLike[str], verify: bool = False) -> Path | None:
-    """The whole checkpoint under ``root`` with the most steps, or None.
-
-    A damaged one is left out, and a line of the log says so.
-
-    Args:
-        verify: read every file, to compare it with what was written.
-    """
-    found = []
-    for path in sorted(Path(root).glob(f"[!.]*/{STATE_FILE}")):
-        with left_out_if_damaged(path):
-            found.append((read_state(path.parent).step, path.parent))
-    for _, path in sorted(found, reverse=True):
-        with left_out_if_damaged(path / STATE_FILE):
-            if verify:
-                load_checkpoint(path)
-            return path
-    return None
-
-
-@contextmanager
-def left_out_if_damaged(state_file: Path | None = None) -> Iterator[None]:
-    """Log in one line that a checkpoint is damaged, and go on to the next."""
-    try:
-        yield
-    except DamagedCheckpointError as error:
-        if state_file is None or state_file.exists():  # else it was pruned meanwhile
-            logger.warning("%s; an older checkpoint is looked for", error)
 
 
 def step_directory(root: str | os.PathLike[str], step: int) -> Path:

@@ -15,6 +15,31 @@ LR_SCHEDULERS = ("cosine", "linear", "constant")
 WARMUP_TYPES = ("linear", "cosine")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# Settings by what their values must be.
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "optimizer": OPTIMIZERS,
+    "lr_scheduler": LR_SCHEDULERS,
+    "warmup_type": WARMUP_TYPES,
+    "lune_mode": LUNE_MODES,
+    "snr_kind": SNR_KINDS,
+    "compile_mode": (None, *COMPILE_MODES),
+}
+_COUNTS = (
+    "gradient_accumulation", "total_steps", "log_every", "batch_size", "keep_last_n_steps",
+    "keep_last_n_epochs",
+)  # fmt: skip
+_OPTIONAL_COUNTS = (
+    "sample_steps", "max_nonfinite_steps", "sample_height", "sample_width", "shift_tokens",
+)  # fmt: skip
+_PERIODS = (
+    "save_every_steps", "save_every_epochs", "sample_every", "validate_every",
+    "upload_every_steps", "upload_every_epochs",
+)  # fmt: skip
+_SHARES = ("lune_dropout", "sol_dropout", "text_dropout")
+_SHARES_BELOW_ONE = ("ema_decay", "val_fraction")
+_POSITIVE = ("learning_rate", "shift", "snr_gamma", "huber_delta")
+_NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "logit_std")
+
 
 @dataclass
 class TrainerConfig:
@@ -194,20 +219,21 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
-        for name, valid in (
-            ("optimizer", OPTIMIZERS),
-            ("lr_scheduler", LR_SCHEDULERS),
-            ("warmup_type", WARMUP_TYPES),
-            ("lune_mode", LUNE_MODES),
-            ("snr_kind", SNR_KINDS),
-            ("compile_mode", (None, *COMPILE_MODES)),
-        ):
+        self._check_choices()
+        self._check_counts()
+        self._check_numbers()
+        if self.hf_repo_id is None and (self.upload_every_steps or self.upload_every_epochs):
+            raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
+
+    def _check_choices(self) -> None:
+        """Refuse words that mean nothing."""
+        for name, valid in _CHOICES.items():
             value = getattr(self, name)
             if value not in valid:
-                names = [item for item in valid if item is not None]
+                words = [word for word in valid if word is not None]
                 raise ConfigError(
-                    f"trainer.{name} '{value}' is unknown{nearest(str(value), names)}: "
-                    f"choose one of {', '.join(names)}"
+                    f"trainer.{name} '{value}' is unknown{nearest(str(value), words)}: "
+                    f"choose one of {', '.join(words)}"
                 )
         for tracker in self.trackers:
             if tracker not in PACKAGES:
@@ -215,46 +241,34 @@ class TrainerConfig:
                     f"trainer.trackers has '{tracker}', which is unknown"
                     f"{nearest(tracker, PACKAGES)}: choose from {', '.join(PACKAGES)}"
                 )
-        for name in ("gradient_accumulation", "total_steps", "log_every", "batch_size"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "sample_steps",
-            "max_nonfinite_steps",
-            "sample_height",
-            "sample_width",
-            "shift_tokens",
-        ):
-            self._require(
-                name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more"
-            )
-        for name in (
-            "save_every_steps",
-            "save_every_epochs",
-            "sample_every",
-            "validate_every",
-            "upload_every_steps",
-            "upload_every_epochs",
-        ):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1, or null for never")
-        for name in ("keep_last_n_steps", "keep_last_n_epochs"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("lune_dropout", "sol_dropout", "text_dropout"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("ema_decay", "val_fraction"):
-            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("learning_rate", "shift", "snr_gamma", "huber_delta"):
-            self._require(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "logit_std"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        if self.hf_repo_id is None and (self.upload_every_steps or self.upload_every_epochs):
-            raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
-        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "between 0 and 1")
         self._require(
             "dtype",
             self.dtype in (torch.float32, torch.bfloat16),
             "float32 or bfloat16 (float16 gradients overflow)",
         )
+
+    def _check_counts(self) -> None:
+        """Refuse numbers of things that are none."""
+        for name in _COUNTS:
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in _OPTIONAL_COUNTS:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "1 or more")
+        for name in _PERIODS:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1, or null for never")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers outside of what they mean."""
+        for name in _SHARES:
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in _SHARES_BELOW_ONE:
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in _POSITIVE:
+            self._require(name, getattr(self, name) > 0, "above 0")
+        for name in _NOT_NEGATIVE:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "between 0 and 1")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

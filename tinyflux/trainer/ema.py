@@ -11,17 +11,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
+from tinyflux.model.weights import check_tensors, plain_name
 from tinyflux.util.files import atomic_write
-
-# What torch.compile, DataParallel and engines put in front of names.
-WRAPPERS = ("_orig_mod.", "module.")
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name without the prefixes that wrappers add."""
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
-    return name
 
 
 class EMA:
@@ -152,29 +143,6 @@ def read_shadow(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], float]
     if "ema" not in metadata:
         raise CheckpointError(f"{path} was not written by EMA.save: it holds no decay")
     return shadow, json.loads(metadata["ema"])["decay"]
-
-
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], where: str) -> None:
-    """Refuse ``found`` unless it has the names and shapes of ``expected``."""
-    problems = misfits({name: tensor.shape for name, tensor in expected.items()}, found)
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{where} does not fit the model: {', '.join(problems[:3])}{more}; "
-            "use the config that it was made with"
-        )
-
-
-def misfits(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``found`` from having the names and shapes of ``expected``, a phrase each."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} is {list(found[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    return problems
 
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

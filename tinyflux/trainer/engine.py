@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tinyflux.errors import CheckpointError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.weights import misfits
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.ema import misfits
 from tinyflux.trainer.sharding import gather, parts_of, rank_and_world
 
 
@@ -277,7 +277,7 @@ def _check_state(
     """Refuse a parameter's state with other tensors than these; a weight may have none yet."""
     if expected is None or not found:
         return
-    if problems := misfits(expected, found):
+    if problems := misfits(expected, found).phrases():
         raise CheckpointError(
             f"the checkpoint's optimizer state does not fit: {name}/{problems[0]}; use the model "
             "config and the trainer.optimizer that it was made with"

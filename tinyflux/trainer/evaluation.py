@@ -1,18 +1,28 @@
 """Looking at a run while it goes on: held-out losses and pictures of fixed prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from tinyflux.data.batches import HeldOut
+from tinyflux.data.batches import HeldOut, TrainBatch
 from tinyflux.inference.sampler import Sampler
+from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import pack_latents
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher_features
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import autocast
-from tinyflux.trainer.validation import validate
+from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
+from tinyflux.trainer.step import Velocity
+from tinyflux.util.predictions import flow_velocity, flow_x_t
+from tinyflux.util.seeding import randn_for
+
+# At which held-out losses are taken.
+TIMES = tuple((index + 0.5) / 8 for index in range(8))
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        values: as of :func:`tinyflux.trainer.validation.validate`; empty if not asked for.
+        values: as of :func:`validate`; empty if not asked for.
         images: ``[B, 3, H, W]`` in [0, 1], one for each of the config's prompts; or None.
     """
 
@@ -49,7 +59,10 @@ class Evaluations(Protocol):
     """Where a training loop has its weights looked at."""
 
     def submit(
-        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self,
+        request: EvaluationRequest,
+        weights: Mapping[str, Tensor],
+        shadow: Mapping[str, Tensor],
     ) -> None:
         """Look at these whole tensors, the model's and the EMA's; they may change afterwards."""
 
@@ -79,15 +92,15 @@ class Evaluator:
         self._t_buckets = t_buckets.to(self._device)
         self._held_out, self._sampler = held_out, sampler
 
-    def look(self, look: EvaluationRequest) -> Evaluation:
+    def look(self, request: EvaluationRequest) -> Evaluation:
         """Neither the weights nor any random state are changed."""
         values: dict[str, float] = {}
-        if look.validate and self._held_out is not None and self._held_out.batches:
+        if request.validate and self._held_out is not None and self._held_out.batches:
             with autocast(self._device, self.config.dtype):
                 values = validate(
                     self.model, self._held_out, self.config, self._t_buckets, self.ema
                 )
-        return Evaluation(look.step, values, self._draw(look.grid) if look.draw else None)
+        return Evaluation(request.step, values, self._draw(request.grid) if request.draw else None)
 
     def _draw(self, grid: tuple[int, int]) -> Tensor | None:
         config = self.config
@@ -112,10 +125,126 @@ class InlineEvaluator:
         self._done: list[Evaluation] = []
 
     def submit(
-        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self,
+        request: EvaluationRequest,
+        weights: Mapping[str, Tensor],
+        shadow: Mapping[str, Tensor],
     ) -> None:
-        self._done.append(self._evaluator.look(look))
+        self._done.append(self._evaluator.look(request))
 
     def take(self, wait: bool = False) -> list[Evaluation]:
         done, self._done = self._done, []
         return done
+
+
+@torch.no_grad()
+def validate(
+    model: TinyFluxDeep,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    t_buckets: Tensor,
+    ema: EMA | None = None,
+    velocity: Velocity | None = None,
+) -> dict[str, float]:
+    """Mean losses over the held-out samples at 8 fixed times.
+
+    The velocity's is the plain mean squared error, whatever loss is trained. As in use, the student
+    sees no teacher. The noise comes from (key, time) alone, so a figure does not depend on the
+    run's seed, batches or workers, and validation changes nothing in training.
+
+    Returns:
+        ``val_velocity``, and ``val_lune`` and ``val_sol`` where there are teachers. With
+        ``sol_standardize`` also ``val_sol_relative``: ``val_sol`` over the same loss of a constant,
+        what the training pictures have on the mean at each time. With ``ema`` also each with
+        ``_ema`` behind.
+    """
+    call = velocity or model
+    training = model.training
+    model.eval()
+    try:
+        values = _held_out_losses(model, held_out, config, t_buckets, call)
+        if ema is not None:
+            ema.apply_shadow(model)
+            try:
+                averaged = _held_out_losses(model, held_out, config, t_buckets, call)
+            finally:
+                ema.restore(model)
+            values.update({f"{name}_ema": value for name, value in averaged.items()})
+    finally:
+        model.train(training)
+    return values
+
+
+def _held_out_losses(
+    model: TinyFluxDeep,
+    held_out: HeldOut,
+    config: TrainerConfig,
+    t_buckets: Tensor,
+    velocity: Velocity,
+) -> dict[str, float]:
+    """Means over all samples and times, by name."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(4, device=device)
+    count = 0
+    has_lune = has_sol = False
+    for stored, keys in zip(held_out.batches, held_out.keys, strict=True):
+        batch = stored.to(device)
+        for index, time in enumerate(TIMES):
+            t = torch.full((len(batch),), time, device=device)
+            noise = _noise_of(keys, index, batch).to(device)
+            teachers = teacher_features(batch, model.config, config, t, t_buckets)
+            losses = _losses_at(t, noise, batch, teachers, model.sol_units, config, velocity)
+            sums += losses * len(batch)
+            count += len(batch)
+            has_lune |= teachers.lune is not None
+            has_sol |= teachers.sol_stats is not None
+    main, lune, sol, constant = (sums / max(1, count)).tolist()
+    values = {"val_velocity": main}
+    if has_lune:
+        values["val_lune"] = lune
+    if has_sol:
+        values["val_sol"] = sol
+        if model.sol_units is not None:
+            values["val_sol_relative"] = sol / max(constant, 1e-12)
+    return values
+
+
+def _noise_of(keys: Sequence[str], time_index: int, batch: TrainBatch) -> Tensor:
+    """``[B, C, H, W]``: each sample's own noise at one of :data:`TIMES`."""
+    shape = batch.latents.shape[1:]
+    return torch.stack([randn_for(shape, "validation", key, time_index) for key in keys])
+
+
+def _losses_at(
+    t: Tensor,
+    noise: Tensor,
+    batch: TrainBatch,
+    teachers: Teachers,
+    sol_units: SolUnits | None,
+    config: TrainerConfig,
+    velocity: Velocity,
+) -> Tensor:
+    """``[4]`` at times ``t`` ``[B]``: of the velocity, Lune, Sol, and Sol's of a constant."""
+    data, grid = batch.latents.float(), batch.grid
+    pred, experts = velocity(
+        pack_latents(flow_x_t(data, noise, t)),
+        batch.t5_embeds.float(),
+        batch.clip_pooled.float(),
+        t,
+        TinyFluxDeep.create_img_ids(len(batch), *grid, device=data.device),
+        return_expert_pred=True,
+        grid=grid,
+    )
+    main = compute_main_loss(pred, pack_latents(flow_velocity(data, noise)), use_huber=False)
+    lune, sol = distillation_losses(experts, teachers, config, sol_units, t)
+    constant = _constant_loss(teachers, sol_units, t)
+    return torch.stack([main, lune, sol, constant.to(sol)])
+
+
+def _constant_loss(teachers: Teachers, units: SolUnits | None, t: Tensor) -> Tensor:
+    """Sol's loss of the training pictures' mean at times ``t`` ``[B]``; 0 without its units."""
+    if units is None or teachers.sol_stats is None or teachers.sol_spatial is None:
+        return torch.zeros(())
+    stats, spatial = units.standardise(teachers.sol_stats, teachers.sol_spatial, t)
+    mean = torch.zeros_like(stats), torch.zeros_like(spatial)
+    return compute_sol_loss(*mean, stats, spatial, teachers.sol_mask)

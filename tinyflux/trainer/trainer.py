@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tinyflux.data.batches import HeldOut, StepData, StepSource
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
+from tinyflux.model.weights import as_module
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     TrainerState,
@@ -19,6 +20,7 @@ from tinyflux.trainer.checkpoint import (
     save_checkpoint,
 )
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.distillation import SOL_SAMPLES
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
@@ -26,7 +28,6 @@ from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
-from tinyflux.trainer.step import SOL_SAMPLES, as_module
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
 

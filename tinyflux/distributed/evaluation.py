@@ -1,0 +1,44 @@
+"""What looks at a run's weights while it is trained: on its held-out rows, with its prompts."""
+
+from dataclasses import replace
+
+import torch
+
+from tinyflux.data.reader import read_held_out
+from tinyflux.distributed.training_job import TrainingJob
+from tinyflux.inference.sampler import Sampler
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.evaluation import Evaluator
+
+
+def is_evaluated(job: TrainingJob) -> bool:
+    """Whether the run's weights are ever looked at."""
+    config = job.trainer
+    return config.validate_every is not None or _draws(job)
+
+
+def build_evaluator(job: TrainingJob, device: torch.device) -> Evaluator:
+    """The run's evaluator, with a model and an EMA of its own and the models that it draws with."""
+    config = job.trainer
+    data = job.open_data(check_files=False)
+    held_out = None
+    if config.validate_every is not None:
+        held_out = read_held_out(data, data.held_out(config.val_fraction))
+    model = TinyFluxDeep(job.model).to(device)
+    ema = EMA(model, config.ema_decay)
+    sampler = build_sampler(job, model, ema, device) if _draws(job) else None
+    return Evaluator(model, ema, config, data.t_buckets, held_out, sampler)
+
+
+def build_sampler(job: TrainingJob, model: TinyFluxDeep, ema: EMA, device: torch.device) -> Sampler:
+    """What draws the run's prompts with ``model``, its encoders loaded."""
+    zoo = replace(job.zoo, device=str(device)).build(job.model)
+    zoo.load_vae()
+    zoo.load_t5()
+    zoo.load_clip()
+    return Sampler(zoo, model, ema, device, job.trainer.dtype)
+
+
+def _draws(job: TrainingJob) -> bool:
+    return job.trainer.sample_every is not None and bool(job.trainer.sample_prompts)

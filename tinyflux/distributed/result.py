@@ -1,0 +1,76 @@
+"""What a finished run leaves: ``final/``, with weights, config, model card and a grid."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from tinyflux import run_dir as names
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.distributed.training_job import TrainingJob
+from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.card import model_card
+from tinyflux.trainer.checkpoint import TrainerState
+from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.upload import Uploader
+from tinyflux.util.config import to_dict
+from tinyflux.util.files import atomic_write, full_disk_ends_run
+
+CARD, GRID = "README.md", "samples.png"
+
+
+def is_finished(job: TrainingJob) -> bool:
+    """Whether ``final/`` holds the result of all of the run's steps."""
+    try:
+        done = json.loads(job.folder.read(f"{names.FINAL}/{names.FINAL_STATE}"))
+        return bool(done["step"] >= job.trainer.total_steps)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def write_result(
+    job: TrainingJob,
+    model: TinyFluxDeep,
+    averaged: Mapping[str, Tensor],
+    data: CacheMixture,
+    state: TrainerState,
+) -> None:
+    """Write ``final/`` from the EMA's whole weights, and upload it where the run is told to."""
+    config = job.trainer
+    with full_disk_ends_run(job.run_dir):
+        save_model(model, job.final, averaged)
+        beside = _describe(job, data, sum(tensor.numel() for tensor in averaged.values()))
+        record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
+        # Last of all: it says that the result is whole.
+        atomic_write(job.final / names.FINAL_STATE, json.dumps(record, indent=2).encode())
+    if config.hf_repo_id is not None:
+        uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
+        uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *beside))
+        uploader.close()
+
+
+def _describe(job: TrainingJob, data: CacheMixture, parameters: int) -> tuple[str, ...]:
+    """Write the model card, and the last grid beside it; the files' names."""
+    drawn = sorted(job.paths.samples.glob("step_*.png"))
+    if drawn:
+        atomic_write(job.final / GRID, drawn[-1].read_bytes())
+    learned = {"Lune": job.teaches_lune, "Sol": job.teaches_sol}
+    card = model_card(
+        title=job.trainer.hf_repo_id or job.root.name,
+        source=job.trainer.hf_repo_id or names.FINAL,
+        parameters=parameters,
+        model=job.model,
+        trainer=to_dict(job.trainer),
+        records=read_metrics(job.paths.metrics),
+        data=[
+            f"`{Path(source.path).name}` (weight {source.weight:g}): {len(cache)} rows, manifest "
+            f"SHA-256 `{cache.digest}`"
+            for source, cache in zip(data.sources, data.caches, strict=True)
+        ],
+        teachers=[name for name, used in learned.items() if used],
+        grid=GRID if drawn else None,
+    )
+    atomic_write(job.final / CARD, card.encode())
+    return (CARD, GRID) if drawn else (CARD,)

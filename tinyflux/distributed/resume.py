@@ -1,0 +1,84 @@
+"""How a run begins, and how it goes on from what it has recorded."""
+
+import torch
+
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.reader import StepReader
+from tinyflux.distributed.data import measure_sol
+from tinyflux.distributed.training_job import TrainingJob
+from tinyflux.errors import ConfigError
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.checkpoint import Checkpoint, TrainerState
+from tinyflux.trainer.checkpoint_search import FoundCheckpoint, load_newest
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import Engine
+
+
+def find_checkpoint(job: TrainingJob) -> FoundCheckpoint | None:
+    """What the run goes on from, None before its first checkpoint; CheckpointError."""
+    return load_newest(job.checkpoints, job.checkpoint_directory, job.trainer.verify_checkpoints)
+
+
+def first_weights(job: TrainingJob, device: torch.device) -> TinyFluxDeep:
+    """A student as every run of this seed begins with it, the same in every process."""
+    torch.manual_seed(job.trainer.seed)
+    return TinyFluxDeep(job.model).to(device)
+
+
+def prepare_student(
+    model: TinyFluxDeep,
+    checkpoint: Checkpoint | None,
+    job: TrainingJob,
+    data: CacheMixture,
+    reader: StepReader,
+) -> TrainerState:
+    """Give ``model`` a checkpoint's weights, or measure what a new one needs; where the run stands.
+
+    All workers take part.
+
+    Raises:
+        CheckpointError: it was made for another model.
+        ConfigError: see :func:`check_same_stream`.
+    """
+    config = job.trainer
+    if checkpoint is not None:
+        checkpoint.check(model)
+        checkpoint.load_model(model)
+        check_same_stream(checkpoint.state, config, data, job.run_dir)
+        return checkpoint.state
+    if config.enable_sol and model.sol_units is not None:
+        measure_sol(model.sol_units, reader)
+    return TrainerState(seed=config.seed)
+
+
+def prepare_ema(engine: Engine, decay: float, checkpoint: Checkpoint | None) -> EMA:
+    """This worker's part of the EMA; the engine takes over a checkpoint's optimizer state, too."""
+    ema = EMA(engine.shard(), decay)
+    if checkpoint is not None:
+        shadow = dict(engine.split(checkpoint.shadow))
+        ema.load_state_dict({"decay": decay, "shadow": shadow})
+        engine.load_optimizer_state(checkpoint.optimizer)
+    return ema
+
+
+def check_same_stream(
+    state: TrainerState, config: TrainerConfig, data: CacheMixture, run_dir: str
+) -> None:
+    """Refuse settings under which a run that goes on would see samples twice, or never.
+
+    Raises:
+        ConfigError: another seed, or another batch size where batches are dealt to sizes.
+    """
+    if state.seed != config.seed:
+        raise ConfigError(
+            f"the run in {run_dir} began with trainer.seed = {state.seed}, not "
+            f"{config.seed}: keep it, or use a new run_dir"
+        )
+    before = state.trainer.get("batch_size", config.batch_size)
+    if before != config.batch_size and data.sizes() > 1:
+        raise ConfigError(
+            f"the run in {run_dir} began with trainer.batch_size = {before}, not "
+            f"{config.batch_size}, and its pictures are of {data.sizes()} sizes, whose order "
+            "follows the batch size: keep it, or use a new run_dir"
+        )

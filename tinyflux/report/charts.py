@@ -1,0 +1,51 @@
+"""Lines over training steps, drawn as SVG."""
+
+import io
+from typing import Any
+
+from tinyflux.errors import MissingDependencyError
+
+# Steps and values of a line.
+Line = tuple[list[int], list[float]]
+
+
+def lines_of(records: list[dict[str, Any]], **keys: str) -> dict[str, Line]:
+    """A line for each of ``label=key``, from the records that have the key.
+
+    A label's underscores become spaces; a key that no record has gives no line.
+    """
+    lines: dict[str, Line] = {}
+    for label, key in keys.items():
+        having = [record for record in records if record.get(key) is not None]
+        if having:
+            steps = [record["step"] for record in having]
+            lines[label.replace("_", " ")] = steps, [record[key] for record in having]
+    return lines
+
+
+def chart(lines: dict[str, Line], ylabel: str) -> str:
+    """The lines in one figure, as an ``<svg>`` element.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a report needs the package matplotlib: pip install 'tinyflux[report]'"
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3), layout="constrained")
+    for name, (steps, values) in lines.items():
+        axes.plot(steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return buffer.getvalue().split("?>", 1)[-1]
