@@ -1,4 +1,4 @@
-"""Does distillation help? ``python benchmarks/distillation.py [--steps N] [--seeds N]``
+"""Does distillation help? ``python benchmarks/distillation.py [--steps N] [--seeds N]``.
 
 Trains the toy student on all OpenMoji drawings with each arm's teachers: none, Lune, Sol, both.
 In the arms that end in ``-target`` a teacher is only what the student's prediction is compared

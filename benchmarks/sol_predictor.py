@@ -1,4 +1,4 @@
-"""Does the student's model of Sol know more than a constant? ``python benchmarks/sol_predictor.py``
+"""Does the student know Sol better than a constant? ``python benchmarks/sol_predictor.py``.
 
 Trains the toy student on OpenMoji drawings with Sol as its only teacher, by the real step, and asks
 on held-out drawings how far its predictions of Sol's statistics and map are from what Sol says.

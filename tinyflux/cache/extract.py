@@ -121,8 +121,10 @@ class Extractor:
         captions: list[str],
         names: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Teacher features by bucket: ``lune`` ``[N, K, D]``, ``sol_stats`` ``[N, K, 4]`` and
-        ``sol_spatial`` ``[N, K, s, s]``.
+        """Teacher features by bucket, by column.
+
+        They are ``lune`` ``[N, K, D]``, ``sol_stats`` ``[N, K, 4]`` and ``sol_spatial``
+        ``[N, K, s, s]``.
 
         Args:
             keys: what each sample's noise is drawn from.

@@ -48,8 +48,9 @@ class Receipt:
 
     @property
     def cut_rows(self) -> list[tuple[int, int, int]]:
-        """Rows whose captions are longer than the text encoders read, by number, with how many
-        tokens of each CLIP and T5 do not read; the text group's receipt knows.
+        """Rows whose captions are longer than the text encoders read, by number.
+
+        With each, how many of its tokens CLIP and T5 do not read; the text group's receipt knows.
         """
         numbers = [map(int, cut.split(":")) for cut in (self.cut or "").split()]
         return [(row, clip, t5) for row, clip, t5 in numbers]

@@ -132,8 +132,10 @@ class StepSource(Protocol):
         ...
 
     def sol_examples(self, count: int) -> tuple[Tensor, Tensor] | None:
-        """Sol's features ``[N, K, 4]`` and ``[N, K, s, s]`` of samples trained on, if any have
-        them: about ``count``, or all that there are."""
+        """Sol's features ``[N, K, 4]`` and ``[N, K, s, s]`` of trained-on samples, if any has them.
+
+        They are of about ``count`` samples, or of all that there are.
+        """
         ...
 
 

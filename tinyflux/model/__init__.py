@@ -1,0 +1,1 @@
+"""The student, and the frozen models that it learns from."""

@@ -65,7 +65,8 @@ class LunePredictor(nn.Module):
     def forward(
         self, time_vec: Tensor, pooled: Tensor, teacher: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Predict Lune's feature and condition on it, or on the teacher's.
+
         Args:
             time_vec: ``[B, D]`` embedded time.
             pooled: ``[B, P]`` pooled CLIP embedding.
@@ -194,7 +195,8 @@ class SolPrior(nn.Module):
         spatial: Tensor | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """
+        """Predict Sol's statistics and map, and what attention is steered by.
+
         Args:
             time_vec: ``[B, D]`` embedded time; pooled: ``[B, P]``; t: ``[B]`` time, fp32.
             stats: ``[B, S]`` and spatial: ``[B, s, s]`` of the teacher, or None; ``mask`` as in

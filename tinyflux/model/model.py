@@ -139,7 +139,8 @@ class TinyFluxDeep(nn.Module):
         sol_mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """
+        """Predict the velocity of noised latents.
+
         Args:
             hidden_states: ``[B, N, C]`` noised latents, row by row.
             encoder_hidden_states: ``[B, L, t5_hidden_size]`` text embeddings.

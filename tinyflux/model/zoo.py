@@ -316,8 +316,9 @@ class ModelZoo:
         return int(_pretrained(CLIPTextConfig, self.clip_repo).max_position_embeddings)
 
     def cut_tokens(self, prompts: Sequence[str]) -> list[CutTokens]:
-        """How much of each prompt is not read: what is beyond :attr:`clip_limit` and
-        ``max_text_length``. Loads no model but the tokenizers.
+        """How much of each prompt is beyond :attr:`clip_limit` and ``max_text_length``.
+
+        Loads no model but the tokenizers.
         """
         if not prompts:
             return []

@@ -27,7 +27,7 @@ Callback = Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any
 
 
 def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    """diffusers' Euler scheduler for the student's time, which runs from 0 (noise) to 1 (data).
+    """Diffusers' Euler scheduler for the student's time, which runs from 0 (noise) to 1 (data).
 
     diffusers counts noise levels down: ``sigma = 1 - t``. With them inverted it steps along ``t``
     and takes the student's ``data - noise`` as it is. A shift of ``t`` by s is one of sigma by 1/s.

@@ -33,7 +33,7 @@ BLOCK_COUNTS = ("num_double_layers", "num_single_layers")
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which on a CPU knows no formula for fused attention and counts nothing.
+    """Torch's counter, which on a CPU knows no formula for fused attention and counts nothing.
 
     The formulas are those that it has for a GPU's fused attention.
     """

@@ -1,0 +1,1 @@
+"""The toy pictures, and small frozen models that are trained on them."""

@@ -13,8 +13,9 @@ from tinyflux.util.seeding import generator
 
 
 class FeatureSource(Protocol):
-    """What the trainer needs of a MultiSourceCache, whose ``dataset_ids`` and ``null_text`` are
-    used where there are any.
+    """What the trainer needs of a MultiSourceCache.
+
+    Its ``dataset_ids`` and ``null_text`` are used where there are any.
     """
 
     def gather(self, local_indices: Tensor, dataset_ids: Tensor) -> dict[str, Tensor | None]:

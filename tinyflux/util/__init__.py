@@ -1,0 +1,1 @@
+"""Small helpers, a subject a module."""

@@ -193,8 +193,7 @@ async def _all(pictures: list[Any]) -> list[Drawn]:
 async def _stream(
     events: AsyncGenerator[Event, None], partial: int, size: str
 ) -> AsyncGenerator[bytes, None]:
-    """The rest of ``events`` as OpenAI names them, with at most ``partial`` pictures before the
-    last."""
+    """The rest of ``events`` as OpenAI names them, with at most ``partial`` previews."""
     common = {"size": size, "output_format": "png", "quality": "auto", "background": "opaque"}
     sent = 0
     async with aclosing(events):
