@@ -15,7 +15,7 @@ from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.resume import check_same_stream, find_checkpoint
 from tinyflux.distributed.run_lock import claimed
-from tinyflux.distributed.train import check_places
+from tinyflux.distributed.start import check_places
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
 from tinyflux.model.config import ZooConfig, preset

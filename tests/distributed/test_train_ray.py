@@ -33,6 +33,7 @@ from tinyflux.cache.dataset import CachedDataset  # noqa: E402
 from tinyflux.distributed.build import build_cache  # noqa: E402
 from tinyflux.distributed.config import WorkersConfig  # noqa: E402
 from tinyflux.distributed.train import train  # noqa: E402
+from tinyflux.distributed.train_local import train_local  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -217,6 +218,21 @@ def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run
     trainer = Trainer(load_model(f"{resized.run_dir}/final", device="cpu"), resized.trainer)
     trainer.load_checkpoint(f"{straight.run_dir}/checkpoints/step_00000008")
     assert trainer.current_step == 8
+
+
+def test_a_run_without_ray_is_the_run_that_ray_makes(make_run, straight):
+    local = make_run("local", validate_every=6, sample_every=6, sample_prompts=CAPTIONS[:2],
+                     sample_steps=2)  # fmt: skip
+    train_local(replace_total(local, 4))
+    assert train_local(local) == f"{local.run_dir}/final"
+    torch.testing.assert_close(losses(local), losses(straight), rtol=0, atol=1e-6)
+    torch.testing.assert_close(final(local), final(straight), rtol=0, atol=1e-6)
+    names = [
+        sorted(str(path.relative_to(run.run_dir)) for path in Path(run.run_dir).glob("*/*"))
+        for run in (local, straight)
+    ]
+    kept = [[n for n in found if not n.startswith(("ray/", "tb/"))] for found in names]
+    assert kept[0] == kept[1]
 
 
 def replace_total(run, steps):

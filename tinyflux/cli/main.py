@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import tinyflux
+from tinyflux.cli.local import FLAG, take_local
 from tinyflux.errors import ConfigError, TinyFluxError
 from tinyflux.util.logging import log_to_console
 from tinyflux.util.processes import exit_on_sigterm
@@ -27,8 +28,13 @@ def _cache(arguments: Sequence[str]) -> None:
 def _train(arguments: Sequence[str]) -> None:
     from tinyflux.config import keep_run_config, parse_run_config
 
-    run = parse_run_config(arguments, "tinyflux train")
-    from tinyflux.distributed.train import train
+    local, settings = take_local(arguments)
+    run = parse_run_config(settings, f"tinyflux train {FLAG}")
+    train: Callable[..., str]
+    if local:
+        from tinyflux.distributed.train_local import train_local as train
+    else:
+        from tinyflux.distributed.train import train
 
     # Not before: a training that is refused must not overwrite the other one's.
     print(f"trained: {train(run, begin=lambda: keep_run_config(run))}", flush=True)

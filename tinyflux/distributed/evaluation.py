@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import read_held_out
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.inference.sampler import Sampler
@@ -20,13 +21,19 @@ def is_evaluated(job: TrainingJob) -> bool:
 
 def build_evaluator(job: TrainingJob, device: torch.device) -> Evaluator:
     """The run's evaluator, with a model and an EMA of its own and the models that it draws with."""
-    config = job.trainer
-    data = job.open_data(check_files=False)
+    model = TinyFluxDeep(job.model).to(device)
+    ema = EMA(model, job.trainer.ema_decay)
+    return build_local_evaluator(job, model, ema, job.open_data(check_files=False))
+
+
+def build_local_evaluator(
+    job: TrainingJob, model: TinyFluxDeep, ema: EMA, data: CacheMixture
+) -> Evaluator:
+    """The run's evaluator of this ``model`` and its whole ``ema``."""
+    config, device = job.trainer, next(model.parameters()).device
     held_out = None
     if config.validate_every is not None:
         held_out = read_held_out(data, data.held_out(config.val_fraction))
-    model = TinyFluxDeep(job.model).to(device)
-    ema = EMA(model, config.ema_decay)
     sampler = build_sampler(job, model, ema, device) if _draws(job) else None
     return Evaluator(model, ema, config, data.t_buckets, held_out, sampler)
 

@@ -1,4 +1,4 @@
-"""Training on Ray: its start, its end, and what it refuses before anything is begun.
+"""Training on Ray.
 
 Everything a run knows is in its directory (:mod:`tinyflux.run_dir`). ``train`` continues from the
 newest whole checkpoint there, whether the run was stopped, a worker died or the number of workers
@@ -6,28 +6,20 @@ was changed. A run at a URL is written on the main worker's disk and uploaded wi
 """
 
 import json
-import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tinyflux import errors
 from tinyflux import run_dir as names
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.distributed.data import check_batch_size
-from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.ray_session import ensure_ray, train_knows_its_ray
-from tinyflux.distributed.result import is_finished
-from tinyflux.distributed.run_lock import claimed
+from tinyflux.distributed.start import finish
 from tinyflux.distributed.training_job import TrainingJob, TrainRun
-from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
+from tinyflux.errors import TinyFluxError, TrainingError
 from tinyflux.storage.remote import RemoteFolder
-from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.trackers import check_trackers
 from tinyflux.util.config import to_dict
 from tinyflux.util.text import last_line
-from tinyflux.util.urls import join
-
-logger = logging.getLogger(__name__)
 
 
 def train(run: TrainRun, begin: Callable[[], None] = lambda: None) -> str:
@@ -43,54 +35,17 @@ def train(run: TrainRun, begin: Callable[[], None] = lambda: None) -> str:
         TinyFluxError: what a user can mend; raised here whichever process found it.
     """
     job = TrainingJob.of(run)
-    final = join(job.run_dir, names.FINAL)
-    if is_finished(job):
-        begin()
-        logger.info("training is finished: %s", final)
-        return final
-    _check(job)
+    return finish(job, begin, partial(_work, job))
+
+
+def _work(job: TrainingJob) -> None:
+    """Run the workers, and raise what ended one of them as it was raised there."""
     try:
-        with claimed(job.run_dir):
-            begin()
-            _fit(job)
+        _fit(job)
     except TrainingError as error:
         raise (_take_error(job) or error) from error
     if (left := _take_error(job)) is not None:
         raise left
-    if not is_finished(job):
-        raise TrainingError(
-            f"the workers ended without finishing the run in {job.run_dir}: see their logs"
-        )
-    return final
-
-
-def _check(job: TrainingJob) -> None:
-    """Refuse here what every worker would refuse."""
-    check_batch_size(job.trainer, job.workers.num_workers)
-    if job.workers.engine == "deepspeed":
-        check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
-    check_trackers(job.trainer.trackers)
-    check_places(job.trainer, job.run_dir)
-    job.open_data(check_files=True)
-
-
-def check_places(config: TrainerConfig, run_dir: str) -> None:
-    """Refuse places that a run on Ray does not write to.
-
-    Raises:
-        ConfigError: names the setting.
-    """
-    defaults = TrainerConfig()
-    for setting, place in (
-        ("checkpoint_dir", names.CHECKPOINTS),
-        ("tensorboard_dir", names.TENSORBOARD),
-        ("sample_dir", names.SAMPLES),
-    ):
-        if getattr(config, setting) != getattr(defaults, setting):
-            raise ConfigError(
-                f"trainer.{setting} is for the library's Trainer: this run writes to "
-                f"{join(run_dir, place)}, so set run_dir and leave trainer.{setting} out"
-            )
 
 
 def _fit(job: TrainingJob) -> None:

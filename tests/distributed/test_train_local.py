@@ -1,0 +1,122 @@
+"""``tinyflux train --local``: the whole of a training where there is no Ray.
+
+Slow: four processes import torch.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fixtures.waiting import PATIENCE
+from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.config import RunConfig, save_run_config
+from tinyflux.distributed.config import WorkersConfig
+from tinyflux.model.loader import load_model
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = sys.modules["deepspeed"] = None  # whoever imports them fails
+from tinyflux.cli.main import run_job
+sys.exit(run_job("train", sys.argv[1:]))
+"""
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on a small cache of random models; its workers do not matter here."""
+    folder = tmp_path_factory.mktemp("local")
+    write_pictures(folder / "pictures", [*CAPTIONS] * 3)
+    zoo, model = zoo_config(make_world(folder / "world")), student_config(sol_standardize=True)
+    data = DataConfig(str(folder / "pictures"), height=16, width=16)
+    cache = CacheConfig(str(folder / "cache"))
+    configs = BuildConfigs(data, zoo, cache, model)
+    build(configs, LocalRunner(configs))
+    trainer = TrainerConfig(
+        learning_rate=1e-3,
+        lr_scheduler="constant",
+        gradient_accumulation=2,
+        batch_size=4,
+        total_steps=STEPS,
+        save_every_steps=2,
+        keep_last_n_steps=2,
+        validate_every=3,
+        sample_every=3,
+        sample_prompts=CAPTIONS[:2],
+        sample_steps=1,
+        log_every=1,
+        val_fraction=0.2,
+        dtype=torch.float32,
+    )
+    workers = WorkersConfig(num_workers=3, min_workers=2, zero_stage=3, offload=True)
+    return RunConfig(
+        run_dir=str(folder / "run"), data=data, zoo=zoo, cache=cache, model=model,
+        trainer=trainer, workers=workers,
+    )  # fmt: skip
+
+
+def train(run, *options):
+    """What ``tinyflux train --local`` says."""
+    file = Path(run.run_dir).with_suffix(".yaml")
+    save_run_config(run, file)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, "--local", "--config", str(file), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def final(run):
+    return load_file(Path(run.run_dir) / "final" / "model.safetensors")
+
+
+def figures(run):
+    """Every recorded loss by step and name."""
+    return {
+        (record["step"], name): value
+        for record in read_metrics(Path(run.run_dir) / "metrics.jsonl")
+        for name, value in record.items()
+        if name.startswith(("loss", "val_"))
+    }
+
+
+def test_a_local_run_leaves_what_a_run_leaves_and_goes_on_bit_for_bit(run):
+    said = train(run)
+    root = Path(run.run_dir)
+    assert f"trained: {root / 'final'}" in said
+    assert "continuing from" not in said
+    assert "the EMA was best at step" in said
+    assert {path.name for path in root.iterdir()} >= {
+        "config.yaml", "checkpoints", "metrics.jsonl", "samples", "tb", "final",
+    }  # fmt: skip
+    assert sorted(path.name for path in (root / "checkpoints").iterdir()) == [
+        "step_00000004", "step_00000006",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (root / "final").iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "samples.png", "training.json",
+    ]  # fmt: skip
+    model = load_model(root / "final", device="cpu", dtype=torch.float32)
+    assert model.sol_units.measured
+    assert "training is finished" in train(run)
+
+    stopped = replace(run, run_dir=f"{run.run_dir}-stopped")
+    train(stopped, "--trainer.total_steps", "3")
+    assert "continuing from" in train(stopped)
+    first, second = final(run), final(stopped)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures(stopped) == figures(run)

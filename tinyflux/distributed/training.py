@@ -1,0 +1,124 @@
+"""A run from where it stands to its end, in one process or as one worker of many."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+
+import torch
+
+from tinyflux.data.mixture import CacheMixture
+from tinyflux.distributed.evaluation import build_local_evaluator, is_evaluated
+from tinyflux.distributed.mirror import Mirror
+from tinyflux.distributed.result import write_result
+from tinyflux.distributed.resume import (
+    find_checkpoint,
+    first_weights,
+    prepare_ema,
+    prepare_student,
+)
+from tinyflux.distributed.training_job import TrainingJob
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.storage.remote import RemoteFolder
+from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint, remove_partial
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.engine import Engine, TorchEngine
+from tinyflux.trainer.evaluation import Evaluations, InlineEvaluator
+from tinyflux.trainer.loop import TrainLoop
+from tinyflux.trainer.prefetch import prefetch
+from tinyflux.trainer.recorder import Recorder
+from tinyflux.trainer.trackers import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class Training:
+    """Continues a run until it is done, alone and in plain torch.
+
+    Workers that train together override what they do together.
+
+    Args:
+        device: where this process trains.
+        rank: of this worker; 0 is the main one, which records and writes. world_size: workers.
+    """
+
+    def __init__(self, job: TrainingJob, device: torch.device, rank: int = 0, world_size: int = 1):
+        self.job, self.device = job, device
+        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+
+    def tell_all(self, name: str | None) -> str | None:
+        """What the main worker says, on every worker."""
+        return name
+
+    def build_engine(self, model: TinyFluxDeep) -> Engine:
+        """What runs the steps."""
+        return TorchEngine(model, self.job.trainer)
+
+    def build_evaluations(self, model: TinyFluxDeep, ema: EMA, data: CacheMixture) -> Evaluations:
+        """Where the main worker has its weights looked at: here, while training waits."""
+        return InlineEvaluator(build_local_evaluator(self.job, model, ema, data))
+
+    def trackers(self) -> Sequence[Tracker]:
+        """Who is told the run's numbers, beside those of its settings."""
+        return ()
+
+    def run(self) -> None:
+        """Train from the newest checkpoint to the last step, and write what the run leaves."""
+        job, config = self.job, self.job.trainer
+        # A thousand workers would ask about millions of files.
+        data = job.open_data(check_files=self.is_main)
+        reader = job.open_reader(data)
+        model = first_weights(job, self.device)
+        mirror = self._pull_mirror() if self.is_main else None
+        checkpoint = self._agree_on_checkpoint()
+        state = prepare_student(model, checkpoint, job, data, reader)
+        engine = self.build_engine(model)
+        ema = prepare_ema(engine, config.ema_decay, checkpoint)
+        del checkpoint  # its tensors
+
+        recorder = self._build_recorder(model, ema, data, mirror) if self.is_main else None
+        null_text = data.null_text if config.text_dropout > 0 else None
+        loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder)
+        steps = prefetch(reader.steps(state.samples_seen, self.rank, self.world_size))
+        try:
+            loop.run(steps)
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+        _, averaged = loop.whole_weights()
+        if averaged is not None:
+            write_result(job, model, averaged, data, state)
+        if recorder is not None:
+            recorder.mark_best(state.step)
+        if mirror is not None:
+            mirror.push()
+            shutil.rmtree(job.root, ignore_errors=True)
+
+    def _pull_mirror(self) -> Mirror | None:
+        """What keeps a run at a URL, whose figures are here from now on; None for a path."""
+        job, config = self.job, self.job.trainer
+        if not isinstance(job.folder, RemoteFolder):
+            return None
+        keep = {"step": config.keep_last_n_steps, "epoch": config.keep_last_n_epochs}
+        mirror = Mirror(job.folder, job.root, keep)
+        mirror.pull()
+        return mirror
+
+    def _agree_on_checkpoint(self) -> Checkpoint | None:
+        """What the run goes on from: the main worker chooses it, and others read the same one."""
+        job = self.job
+        found = find_checkpoint(job) if self.is_main else None
+        name = self.tell_all(None if found is None else found.name)
+        if found is not None:
+            logger.info("continuing from %s/%s", job.checkpoints.location, name)
+            return found.checkpoint
+        if name is None:
+            return None
+        return load_checkpoint(job.checkpoint_directory(name), job.trainer.verify_checkpoints)
+
+    def _build_recorder(
+        self, model: TinyFluxDeep, ema: EMA, data: CacheMixture, mirror: Mirror | None
+    ) -> Recorder:
+        job = self.job
+        remove_partial(job.paths.checkpoints)
+        evaluations = self.build_evaluations(model, ema, data) if is_evaluated(job) else None
+        saved = mirror.push_if_reached if mirror is not None else lambda: None
+        return Recorder(job.trainer, job.paths, evaluations, self.trackers(), saved)
