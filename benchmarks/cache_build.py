@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from tinyflux.cache.build import BuildConfigs, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardTask
 from tinyflux.cache.extract import Sample, extractor_for
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.sources import decode_picture
 from tinyflux.distributed.build import RayRunner

@@ -25,12 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tinyflux.cache.build import BuildConfigs, LocalRunner, ModelFingerprints, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.encode import ShardTask
+from tinyflux.cache.fingerprints import ModelFingerprints
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import GroupInfo, Recipe
 from tinyflux.cache.receipts import Receipt, group_path
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import write_group, write_null_text
 from tinyflux.cache.verify import verify
@@ -79,10 +82,10 @@ class SyntheticRunner(LocalRunner):
                 "latents": {"latents": ones},
                 "text": {"t5_embeds": ones[..., 0], "clip_pooled": ones[..., 0, 0]},
             }
-            for group, maker in task.makers.items():
-                path = group_path(task.name, group, maker)
+            for group, fingerprint in task.fingerprints.items():
+                path = group_path(task.name, group, fingerprint)
                 file = write_group(store, path, keys, columns[group], trim_text=True)
-                Receipt(task.name, group, maker, len(keys), task.size, file).save(store)
+                Receipt(task.name, group, fingerprint, len(keys), task.size, file).save(store)
             yield task.name
 
 

@@ -40,8 +40,10 @@ from typing import Any
 import torch
 from transformers import T5Tokenizer
 
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import MixSource
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig, load_run_config
 from tinyflux.data.batches import HeldOut
 from tinyflux.data.mixture import CacheMixture

@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tinyflux.cache.build import describe_tasks, read_receipts
 from tinyflux.cache.config import DataConfig, MixSource
 from tinyflux.cache.index import SCHEMA
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
@@ -43,11 +42,12 @@ from tinyflux.cache.reuse import ReusableRows
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.store import LocalStore
+from tinyflux.cache.tasks import describe_tasks, read_receipts
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.order import Rows, SampleOrder, Stream
 from tinyflux.util.config import to_dict
 
-SIDE, PER_SHARD, MAKER = 512, 653, "0123456789abcdef" * 2
+SIDE, PER_SHARD, FINGERPRINT = 512, 653, "0123456789abcdef" * 2
 COLUMNS = {
     "latents": {"latents": Layout(20_000, (16, 64, 64), "float16")},
     "text": {
@@ -61,7 +61,7 @@ COLUMNS = {
         "sol_spatial": Layout(80_000, (10, 8, 8), "float16"),
     },
 }
-MAKERS = dict.fromkeys(COLUMNS, MAKER)
+FINGERPRINTS = dict.fromkeys(COLUMNS, FINGERPRINT)
 # What fits a few minutes, by part; the plan and held_out touch every row.
 SIZES = {
     "plan": (10_000, 100_000, 400_000),
@@ -126,7 +126,7 @@ def rows_path(number: int) -> str:
 
 
 def group_file(number: int, group: str) -> FileInfo:
-    path = group_path(shard_name(number), group, MAKER)
+    path = group_path(shard_name(number), group, FINGERPRINT)
     return FileInfo(path, 0, digest(group, number), COLUMNS[group])
 
 
@@ -158,20 +158,20 @@ def write_receipts(root: Path, samples: int) -> list[PlannedShard]:
         for group in COLUMNS:
             file = group_file(number, group)
             (root / file.path).touch()
-            receipt = Receipt(shard.name, group, MAKER, shard.rows, shard.size, file)
-            path = root / receipt_path(shard.name, group, MAKER)
+            receipt = Receipt(shard.name, group, FINGERPRINT, shard.rows, shard.size, file)
+            path = root / receipt_path(shard.name, group, FINGERPRINT)
             path.write_bytes(json.dumps(to_dict(receipt)).encode())
     return planned
 
 
 def receipts(root: Path, samples: int) -> Work:
     planned = write_receipts(root, samples)
-    return lambda: read_receipts(LocalStore(root), planned, MAKERS)
+    return lambda: read_receipts(LocalStore(root), planned, FINGERPRINTS)
 
 
 def former(root: Path, samples: int) -> Work:
     planned = write_receipts(root, samples)
-    return lambda: ReusableRows(LocalStore(root), MAKERS, {shard.name for shard in planned})
+    return lambda: ReusableRows(LocalStore(root), FINGERPRINTS, {shard.name for shard in planned})
 
 
 def manifest(root: Path, samples: int) -> Work:
@@ -186,7 +186,7 @@ def tasks(root: Path, samples: int) -> Work:
     lacking = {shard.name: list(COLUMNS) for shard in planned}
 
     def describe() -> list[str]:
-        found = describe_tasks(LocalStore(root), planned, lacking, MAKERS)
+        found = describe_tasks(LocalStore(root), planned, lacking, FINGERPRINTS)
         return [json.dumps(to_dict(task)) for task in found]
 
     return describe

@@ -22,13 +22,16 @@ from PIL import Image
 from tests.fixtures.caches import CAPTIONS, assert_same, changed, make, rows_by_key
 from tests.fixtures.waiting import PATIENCE
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build, claim
+from tinyflux.cache.build import build
+from tinyflux.cache.claim import claim
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.inspect import describe
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import CutCaptions, Manifest
 from tinyflux.cache.receipts import all_receipts
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.verify import verify
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader
@@ -61,14 +64,23 @@ def configs(tmp_path, world):
 
 def computed(configs):
     """Builds, and counts the rows that went through models, by group."""
-    before = {(r.shard, r.group, r.maker) for r in all_receipts(configs.store)}
+    before = {(r.shard, r.group, r.fingerprint) for r in all_receipts(configs.store)}
     make(configs)
     new = [r for r in all_receipts(configs.store)
-           if (r.shard, r.group, r.maker) not in before]  # fmt: skip
+           if (r.shard, r.group, r.fingerprint) not in before]  # fmt: skip
     return {group: sum(r.computed for r in new if r.group == group) for group in GROUPS}
 
 
 NOTHING = dict.fromkeys(GROUPS, 0)
+
+
+def test_receipts_on_disk_call_the_fingerprint_maker(configs):
+    manifest = make(configs)
+    wanted = {group: info.fingerprint for group, info in manifest.recipe.groups.items()}
+    for path in configs.store.directory.glob("receipts/*.json"):
+        record = json.loads(path.read_text())
+        assert record["maker"] == wanted[record["group"]]
+        assert "fingerprint" not in record
 
 
 def test_a_finished_cache_is_left_as_it_is(configs):
@@ -456,7 +468,8 @@ def test_other_peoples_directories_and_two_jobs_at_once_are_refused(configs, tmp
     )
     with pytest.raises(CacheError, match="no build job made"):
         make(changed(configs, cache={"path": str(tmp_path / "memory")}))
-    with claim(configs.store), pytest.raises(CacheError, match="another job is working"):
+    me = rf"another job is working .* \(process {os.getpid()} on "
+    with claim(configs.store), pytest.raises(CacheError, match=me):
         make(configs)
     make(configs)
 

@@ -16,11 +16,14 @@ import torch
 
 from tests.fixtures.caches import CAPTIONS, assert_same, changed, make
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache import build as build_module
-from tinyflux.cache.build import BuildConfigs, LocalRunner, claim, estimate
+from tinyflux.cache.build import estimate
+from tinyflux.cache.claim import claim
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.estimate import ESTIMATE_NAME
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import Manifest, sha256
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.verify import drop, verify
 from tinyflux.cli.main import run_job
 
@@ -222,7 +225,7 @@ def test_a_plan_comes_true(built, tmp_path, capsys):
         actual = sum(shard.files[group].bytes for shard in manifest.shards)
         assert plan.bytes(group) == pytest.approx(actual, rel=0.1), group
     assert_same(mine.store.directory, built.store.directory)
-    assert build_module.ESTIMATE_NAME in {p.name for p in mine.store.directory.iterdir()}
+    assert ESTIMATE_NAME in {p.name for p in mine.store.directory.iterdir()}
 
 
 def test_the_documented_example_reads_the_numbers(configs):

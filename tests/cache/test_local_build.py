@@ -14,8 +14,10 @@ import torch
 from tests.fixtures.caches import CAPTIONS
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig, save_run_config
 
 ROOT = Path(__file__).parents[2]

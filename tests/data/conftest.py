@@ -3,8 +3,10 @@
 import pytest
 
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 
 
 @pytest.fixture(scope="package")

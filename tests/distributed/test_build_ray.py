@@ -19,16 +19,18 @@ from tests.fixtures.caches import CAPTIONS, assert_same, changed
 from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.distributed.build import refuse_impossible_actor
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import to_dict
 
 JOB = """
 import json, sys
-from tinyflux.cache.build import BuildConfigs
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.distributed.build import build_cache
 from tinyflux.util.config import from_dict
 configs = from_dict(BuildConfigs, json.loads(sys.argv[1]), "test")

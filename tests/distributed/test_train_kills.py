@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.trainer.checkpoint import read_state

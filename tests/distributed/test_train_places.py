@@ -8,8 +8,10 @@ pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
 
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build
+from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig

@@ -12,8 +12,10 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs, LocalRunner, build, estimate
+from tinyflux.cache.build import build, estimate
 from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import GB, ClusterConfig, WorkersConfig
 from tinyflux.distributed.memory import sent_bytes

@@ -12,9 +12,9 @@ import torch
 from tests.fixtures.caches import assert_same, make
 from tests.fixtures.s3_server import BUCKET, s3_server
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import BuildConfigs
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config

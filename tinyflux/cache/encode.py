@@ -32,14 +32,14 @@ class ShardTask:
 
     Attributes:
         rows_file: lists its samples, relative to the dataset.
-        makers: the groups to make, each with its ``GroupInfo.maker``.
+        fingerprints: the groups to make, each with its ``GroupInfo.fingerprint``.
         reused: by group, what other files hold already.
     """
 
     name: str
     size: Size
     rows_file: str
-    makers: dict[str, str]
+    fingerprints: dict[str, str]
     reused: dict[str, Reused]
 
 
@@ -64,7 +64,7 @@ class ShardEncoder:
         rows: dict[str, list[str]] = {name: table[name].to_pylist() for name in table.column_names}
         contents = {
             group: content_keys(group, {c: rows[c] for c in CONTENT_COLUMNS}, task.size)
-            for group in task.makers
+            for group in task.fingerprints
         }
         # Groups that lack the same rows are made together, from one reading of the pictures.
         together: dict[tuple[int, ...], list[str]] = {}
@@ -93,7 +93,7 @@ class ShardEncoder:
         seconds: float,
     ) -> None:
         """Join what was computed with what was reused, write the file, then its receipt."""
-        maker, reused, keys = task.makers[group], task.reused[group], rows[KEY]
+        fingerprint, reused, keys = task.fingerprints[group], task.reused[group], rows[KEY]
         computed = {contents[row]: place for place, row in enumerate(work.made)}
         refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
         rejected = [(row, refused[key]) for row, key in enumerate(contents) if key in refused]
@@ -112,10 +112,10 @@ class ShardEncoder:
                     targets, places = (torch.tensor(side) for side in zip(*new, strict=True))
                     columns[name][targets] = work.columns[name][places]
                 columns[name][[row for row, _ in rejected]] = 0
-            path = group_path(task.name, group, maker)
+            path = group_path(task.name, group, fingerprint)
             file = write_group(self._store, path, keys, columns, self._trim)
         receipt = Receipt(
-            task.name, group, maker, len(keys), task.size, file, rejected, len(work.made),
+            task.name, group, fingerprint, len(keys), task.size, file, rejected, len(work.made),
             round(seconds, 3), self._cut(rows["caption"]) if group == "text" else "",
         )  # fmt: skip
         receipt.save(self._store)

@@ -1,5 +1,6 @@
 """What a build will cost, measured on a few batches before it is begun."""
 
+import json
 import resource
 import tempfile
 import time
@@ -15,7 +16,9 @@ from tinyflux.cache.keys import Size
 from tinyflux.cache.receipts import Receipt
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
-from tinyflux.cache.store import LocalStore
+from tinyflux.cache.store import LocalStore, Store
+from tinyflux.errors import ConfigError
+from tinyflux.util.config import from_dict
 from tinyflux.util.text import duration
 
 ESTIMATE_NAME = "estimate.json"
@@ -168,3 +171,11 @@ def compare(estimate: Estimate, sizes: Mapping[str, int], receipts: Iterable[Rec
     planned = estimate.cost.seconds_together * estimate.weighted_samples
     lines.append(f"actors' seconds: planned {planned:.0f}, actual {sum(spent.values()):.0f}")
     return "\n".join(lines)
+
+
+def read_estimate(store: Store) -> Estimate | None:
+    """What was predicted here, if it was asked."""
+    try:
+        return from_dict(Estimate, json.loads(store.read(ESTIMATE_NAME)), "estimate")
+    except (OSError, ValueError, TypeError, ConfigError):
+        return None

@@ -80,7 +80,7 @@ class GroupInfo:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def maker(self) -> str:
+    def fingerprint(self) -> str:
         """Digest of what decides the numbers: not of the names that weights go by."""
         data = to_dict(self)
         return digest_of({**data, "models": {k: v["digest"] for k, v in data["models"].items()}})

@@ -9,7 +9,7 @@ of the dataset.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ from tinyflux.cache.config import DataConfig
 from tinyflux.cache.key_set import KeySet
 from tinyflux.cache.keys import Size, digest_of, sample_key
 from tinyflux.cache.manifest import FileInfo
+from tinyflux.cache.rejected import Rejected
 from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import choose_size, size_problem
@@ -39,21 +40,6 @@ class PlannedShard:
     rows: int
     size: Size
     file: FileInfo
-
-
-@dataclass
-class Rejected:
-    """Pictures that cannot be used, and samples that are listed twice.
-
-    Attributes:
-        rows: source and reason of each.
-        seen: pictures looked at in all.
-        duplicates: samples of the same picture, size and caption as an earlier one.
-    """
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    seen: int = 0
-    duplicates: int = 0
 
 
 def plan_shards(

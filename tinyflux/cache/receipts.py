@@ -16,6 +16,9 @@ from tinyflux.errors import ConfigError
 from tinyflux.util.config import from_dict, to_dict
 
 RECEIPT_FOLDER = "receipts"
+# What receipts on disk call an attribute otherwise.
+FILE_KEYS = {"fingerprint": "maker"}
+ATTRIBUTES = {key: name for name, key in FILE_KEYS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Receipt:
     """A column group of a shard.
 
     Attributes:
-        shard, group, maker: whose samples, which columns, and ``GroupInfo.maker``.
+        shard, group, fingerprint: whose samples, which columns, and ``GroupInfo.fingerprint``.
         rows: in the file.
         size: width and height of the encoded pictures.
         file: None where no row of the shard could be made.
@@ -37,7 +40,7 @@ class Receipt:
 
     shard: str
     group: str
-    maker: str
+    fingerprint: str
     rows: int
     size: Size
     file: FileInfo | None
@@ -62,24 +65,25 @@ class Receipt:
 
     def save(self, store: Store) -> None:
         """Commit the file: from here on it counts."""
-        path = receipt_path(self.shard, self.group, self.maker)
-        store.write(path, json.dumps(to_dict(self)).encode())
+        path = receipt_path(self.shard, self.group, self.fingerprint)
+        record = {FILE_KEYS.get(name, name): value for name, value in to_dict(self).items()}
+        store.write(path, json.dumps(record).encode())
 
 
-def receipt_path(shard: str, group: str, maker: str) -> str:
+def receipt_path(shard: str, group: str, fingerprint: str) -> str:
     """Where a receipt belongs, relative to the dataset."""
-    return f"{RECEIPT_FOLDER}/{shard}.{group}.{maker[:8]}.json"
+    return f"{RECEIPT_FOLDER}/{shard}.{group}.{fingerprint[:8]}.json"
 
 
-def group_path(shard: str, group: str, maker: str) -> str:
+def group_path(shard: str, group: str, fingerprint: str) -> str:
     """Where the file of a receipt belongs, relative to the dataset."""
-    return f"{SHARD_FOLDER}/{shard}.{group}.{maker[:8]}.parquet"
+    return f"{SHARD_FOLDER}/{shard}.{group}.{fingerprint[:8]}.parquet"
 
 
-def read_receipt(store: Store, shard: str, group: str, maker: str) -> Receipt | None:
+def read_receipt(store: Store, shard: str, group: str, fingerprint: str) -> Receipt | None:
     """The receipt of a file that is there with its full size and need not be made again."""
-    receipt = _read(store, receipt_path(shard, group, maker))
-    if receipt is None or receipt.maker != maker or receipt.outdated:
+    receipt = _read(store, receipt_path(shard, group, fingerprint))
+    if receipt is None or receipt.fingerprint != fingerprint or receipt.outdated:
         return None
     return receipt
 
@@ -96,7 +100,9 @@ def all_receipts(store: Store, passed_over: Collection[str] = ()) -> Iterator[Re
 
 def _read(store: Store, path: str) -> Receipt | None:
     try:
-        receipt = from_dict(Receipt, json.loads(store.read(path)), path)
-    except (OSError, ValueError, TypeError, ConfigError):
+        record = json.loads(store.read(path))
+        named = {ATTRIBUTES.get(key, key): value for key, value in record.items()}
+        receipt = from_dict(Receipt, named, path)
+    except (OSError, ValueError, TypeError, AttributeError, ConfigError):
         return None
     return receipt if receipt.file is None or is_whole(store, receipt.file) else None

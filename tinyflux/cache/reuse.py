@@ -33,17 +33,18 @@ class ReusableRows:
     """What files of shards that are no longer planned hold, by content.
 
     Args:
-        makers: ``GroupInfo.maker`` of each wanted group; files of other makers are of no use.
+        fingerprints: ``GroupInfo.fingerprint`` of each wanted group; files with others are of no
+            use.
         planned: names of the shards that the dataset will have.
     """
 
-    def __init__(self, store: Store, makers: Mapping[str, str], planned: Collection[str]):
+    def __init__(self, store: Store, fingerprints: Mapping[str, str], planned: Collection[str]):
         self._store = store
         self._lists: dict[str, str] | None = None
         self._shards: dict[str, list[ShardInfo]] = {}
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         for receipt in all_receipts(store, passed_over=planned):
-            if makers.get(receipt.group) == receipt.maker and receipt.file is not None:
+            if fingerprints.get(receipt.group) == receipt.fingerprint and receipt.file is not None:
                 self._add(receipt)
 
     def _rows_file(self, shard: str) -> str | None:

@@ -3,10 +3,9 @@
 Each file appears whole or not at all, and the manifest, written last, says what there is.
 """
 
-import fcntl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -16,6 +15,7 @@ from tinyflux.errors import CacheError
 from tinyflux.storage.copies import copy_of
 from tinyflux.storage.folder import Folder, LocalFolder
 from tinyflux.storage.remote import RemoteFolder
+from tinyflux.util.locks import LockHeld, held_at_once
 from tinyflux.util.urls import is_url
 
 AT_ONCE = 16  # requests to a storage that answers each after a while
@@ -37,7 +37,7 @@ class Store(Folder, Protocol):
 
     @contextmanager
     def held(self, mark: str) -> Iterator[None]:
-        """Keep other build jobs out, by a file that is there; CacheError if one is in."""
+        """Keep other build jobs out, by a lock beside file ``mark``; CacheError if one is in."""
         ...
 
 
@@ -55,12 +55,13 @@ class LocalStore(LocalFolder):
     @contextmanager
     def held(self, mark: str) -> Iterator[None]:
         """See :meth:`Store.held`."""
-        with (self.directory / mark).open("rb") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(held_at_once(self.directory / f".{mark}.lock"))
+            except LockHeld as holder:
                 raise CacheError(
-                    f"another job is working on the cache at '{self.location}': wait for it to end"
+                    f"another job is working on the cache at '{self.location}' ({holder}): wait "
+                    "for it to end"
                 ) from None
             for leftover in self.directory.rglob(".*.tmp"):  # of writers that were killed
                 leftover.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tinyflux.cache.build import MAKERS_NAME
+from tinyflux.cache.fingerprints import FINGERPRINTS_NAME
 from tinyflux.cache.key_set import KeySet
 from tinyflux.cache.manifest import FileInfo, Manifest, ShardInfo, sha256
 from tinyflux.cache.receipts import RECEIPT_FOLDER
@@ -119,7 +119,7 @@ def drop(store: Store, problems: list[Problem]) -> list[str]:
         if problem.file.endswith(".parquet"):
             victims.append(_receipt_of(problem.file))
         if problem.file.endswith(".safetensors"):
-            victims.append(MAKERS_NAME)  # names the file as there
+            victims.append(FINGERPRINTS_NAME)  # names the file as there
         for victim in victims:
             if store.size(victim) is not None:
                 store.delete(victim)

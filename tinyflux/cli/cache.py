@@ -9,7 +9,8 @@ from tinyflux.cli.local import FLAG, take_local
 from tinyflux.errors import CacheError
 
 if TYPE_CHECKING:
-    from tinyflux.cache.build import BuildConfigs, Runner
+    from tinyflux.cache.job import BuildConfigs
+    from tinyflux.cache.runner import Runner
     from tinyflux.config import RunConfig
 
 
@@ -94,7 +95,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
 def gc(arguments: Sequence[str]) -> None:
     """Remove files that the manifest does not list."""
-    from tinyflux.cache.build import claim
+    from tinyflux.cache.claim import claim
     from tinyflux.cache.manifest import Manifest
     from tinyflux.cache.store import open_store
     from tinyflux.cache.verify import unlisted
@@ -157,7 +158,8 @@ def _parse(arguments: Sequence[str], name: str) -> "tuple[RunConfig, bool]":
 
 def _job(run: "RunConfig", local: bool) -> "tuple[BuildConfigs, Runner]":
     """What is built, and what does the work."""
-    from tinyflux.cache.build import BuildConfigs, LocalRunner
+    from tinyflux.cache.job import BuildConfigs
+    from tinyflux.cache.runner import LocalRunner
 
     configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
     if local:

@@ -12,19 +12,18 @@ from typing import Any
 
 import tinyflux.errors as errors
 from tinyflux.cache.build import (
-    BuildConfigs,
-    ModelFingerprints,
     build,
     estimate,
-    measure_task,
-    prepare,
 )
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import Cost, Estimate
+from tinyflux.cache.fingerprints import ModelFingerprints, take_fingerprints
 from tinyflux.cache.index import write_index
+from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.receipts import read_receipt
+from tinyflux.cache.runner import measure_task
 from tinyflux.cache.sources import SourceSplit
 from tinyflux.distributed.metrics import Gauges
 from tinyflux.errors import CacheError, ConfigError, TinyFluxError
@@ -53,7 +52,7 @@ def build_cache(
 
 
 class RayRunner:
-    """A :class:`tinyflux.cache.build.Runner`; Ray is started by the first thing there is to do."""
+    """A :class:`tinyflux.cache.runner.Runner`; Ray is started by the first thing there is to do."""
 
     def __init__(self, configs: BuildConfigs):
         self._configs, self._packed = configs, to_dict(configs)
@@ -109,7 +108,7 @@ class RayRunner:
 
 def _prepare(packed: dict[str, Any]) -> dict[str, Any]:
     configs = _unpack(packed)
-    return _single(_answer(lambda: prepare(configs, configs.encoder().extractor)))
+    return _single(_answer(lambda: take_fingerprints(configs, configs.encoder().extractor)))
 
 
 def _measure(packed: dict[str, Any], task: str) -> dict[str, Any]:
@@ -140,8 +139,8 @@ class _ShardActor:
     def _encode(self, packed: str) -> str:
         task = from_dict(ShardTask, json.loads(packed), "a task")
         if all(
-            read_receipt(self._configs.store, task.name, group, maker)
-            for group, maker in task.makers.items()
+            read_receipt(self._configs.store, task.name, group, fingerprint)
+            for group, fingerprint in task.fingerprints.items()
         ):
             return task.name  # by an actor that died later in the same block
         if self._encoder is None:

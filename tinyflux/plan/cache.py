@@ -5,9 +5,8 @@ import os
 from dataclasses import dataclass
 from itertools import islice
 
-from tinyflux.cache.build import read_estimate
 from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cache.estimate import Estimate
+from tinyflux.cache.estimate import Estimate, read_estimate
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER

@@ -5,7 +5,6 @@ disk is the right place. ``TINYFLUX_LOCAL_GIB`` bounds the copies: those that we
 make room. Processes that have one open keep what they see.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,8 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from tinyflux.errors import ConfigError, StorageError
 from tinyflux.storage.remote import RemoteFolder
@@ -139,8 +140,7 @@ def _locked(name: str) -> Iterator[None]:
     """One process at a time, so that a file is fetched once by all that want it."""
     folder = local_directory() / "locks"
     folder.mkdir(exist_ok=True)
-    with (folder / name).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / name):
         yield
 
 
