@@ -86,9 +86,14 @@ def test_receipts_on_disk_call_the_fingerprint_maker(configs):
 def test_a_finished_cache_is_left_as_it_is(configs):
     manifest = make(configs)
     assert manifest.rows == len(CAPTIONS)
-    stamps = {path: path.stat().st_mtime_ns for path in configs.store.directory.rglob("*")}
+
+    def stamps():  # but of the lock, which every job takes
+        return {path: path.stat().st_mtime_ns for path in configs.store.directory.rglob("*")
+                if path.name not in (".build.json.lock", ".build.json.holder")}  # fmt: skip
+
+    before = stamps()
     assert make(configs) == manifest
-    assert {path: path.stat().st_mtime_ns for path in configs.store.directory.rglob("*")} == stamps
+    assert stamps() == before
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(1, 1), (5, 2), (100, 12)])
