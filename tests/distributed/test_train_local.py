@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tests.fixtures.waiting import PATIENCE
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import build
+from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.runner import LocalRunner
-from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.model.loader import load_model
