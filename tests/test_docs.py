@@ -1,28 +1,20 @@
 """What the pages say against what is there: links, paths, symbols, settings and commands."""
 
-import ast
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.fixtures.pages import ROOT, definitions, linked_symbols, links
 from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
 from tinyflux.cli.main import COMMANDS
 from tinyflux.config import setting_names
 
-ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 SECTIONS = "data|zoo|cache|model|trainer|workers|sample|serve|cluster"
 SETTINGS = setting_names()
-
-
-def links(page: Path) -> list[tuple[str, Path]]:
-    """Texts and targets of a page's links to files of the project."""
-    found = re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    return [(text, page.parent / target) for text, target in found if "://" not in target]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -36,17 +28,10 @@ def test_every_link_and_path_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_symbol_is_defined_in_the_module_that_it_links_to(page):
-    symbols = 0
-    for text, target in links(page):
-        if target.suffix != ".py":
-            continue
-        tree = ast.parse(target.read_text())
-        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        defined = {node.name for node in tree.body if isinstance(node, kinds)}
-        for name in re.findall(r"`(\w+)`", text):
-            assert name in defined, f"{target.name} defines no {name}"
-            symbols += 1
-    assert symbols > 30 or page.name != "journey.md"
+    symbols = linked_symbols(page)
+    for module, name in symbols:
+        assert name in definitions(module), f"{module.name} defines no {name}"
+    assert len(symbols) > 30 or page.name != "journey.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
