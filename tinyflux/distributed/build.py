@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import tinyflux.errors as errors
 from tinyflux.cache.build import (
     build,
     estimate,
@@ -26,7 +25,8 @@ from tinyflux.cache.receipts import read_receipt
 from tinyflux.cache.runner import measure_task
 from tinyflux.cache.sources import SourceSplit
 from tinyflux.distributed.metrics import Gauges
-from tinyflux.errors import CacheError, ConfigError, TinyFluxError
+from tinyflux.distributed.relay import answer, value_of
+from tinyflux.errors import CacheError, ConfigError
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.util.config import from_dict, to_dict
 
@@ -73,7 +73,7 @@ class RayRunner:
             num_cpus=cache.cpus_per_actor, num_gpus=cache.gpus_per_actor
         )
         pending = task.remote(*arguments)
-        return lambda: _made(ray.get(pending))
+        return lambda: value_of(ray.get(pending))
 
     def index(self, units: Sequence[SourceSplit]) -> Iterator[None]:
         rows = [{"unit": json.dumps(to_dict(unit))} for unit in units]
@@ -81,8 +81,8 @@ class RayRunner:
         answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _index, batch_size=1, fn_args=[self._packed], num_cpus=1
         )
-        for answer in answers.iter_rows():
-            yield _made(answer)
+        for answered in answers.iter_rows():
+            yield value_of(answered)
 
     def encode(self, tasks: Sequence[ShardTask]) -> Iterator[str]:
         cache = self._configs.cache
@@ -98,8 +98,8 @@ class RayRunner:
             num_cpus=cache.cpus_per_actor,
             num_gpus=cache.gpus_per_actor or None,
         )
-        for answer in answers.iter_rows():
-            yield _made(answer)
+        for answered in answers.iter_rows():
+            yield value_of(answered)
 
     def show(self, unit: str, done: int, total: int, rate: float) -> None:
         _start_ray(self._configs.cache)
@@ -154,23 +154,8 @@ def _unpack(packed: dict[str, Any]) -> BuildConfigs:
 
 
 def _answer(work: Callable[[], Any]) -> dict[str, list[str]]:
-    """Run ``work`` in a worker: what it gave as JSON, or a user's mistake as a sentence.
-
-    Ray would wrap the mistake in two tracebacks.
-    """
-    try:
-        return {"error": [""], "kind": [""], "made": [json.dumps(to_dict(work()))]}
-    except TinyFluxError as error:
-        text, kind = str(error), type(error).__name__
-    except OSError as error:
-        text, kind = f"the cache cannot be written: {error}", CacheError.__name__
-    return {"error": [text], "kind": [kind], "made": [""]}
-
-
-def _made(answer: dict[str, Any]) -> Any:
-    if answer["error"]:
-        raise getattr(errors, answer["kind"])(answer["error"])
-    return json.loads(answer["made"])
+    """Do ``work`` in a worker; see :func:`tinyflux.distributed.relay.answer`."""
+    return answer(work, "the cache cannot be written", CacheError)
 
 
 def _start_ray(cache: CacheConfig) -> Any:

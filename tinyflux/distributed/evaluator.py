@@ -11,6 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
+from tinyflux.distributed.relay import errors_as_raised
 from tinyflux.errors import TrainingError
 from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest, Evaluator
 from tinyflux.util.device import resolve_device
@@ -56,9 +57,8 @@ class ActorEvaluator:
         self._asked: list[tuple[int, Any]] = []
         self._done: list[Evaluation] = []
         try:
-            ray.get(self._actor.load.remote(), timeout=START_SECONDS)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            with errors_as_raised():
+                ray.get(self._actor.load.remote(), timeout=START_SECONDS)
         except ray.exceptions.GetTimeoutError:
             raise TrainingError(
                 f"the process that validates and draws was not there within {START_SECONDS:g} s: "

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tinyflux import errors
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.prompt_file import Wish, read_wishes
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
+from tinyflux.distributed.relay import answer, value_of
 from tinyflux.distributed.weights import load_student
-from tinyflux.errors import ConfigError, TinyFluxError
+from tinyflux.errors import ConfigError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.text import CutTokens
@@ -148,10 +148,8 @@ def _draw(
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
     )
-    for answer in answers.iter_rows():
-        if answer["error"]:
-            raise getattr(errors, answer["kind"])(answer["error"])
-        yield int(answer["count"])
+    for answered in answers.iter_rows():
+        yield value_of(answered)
 
 
 class _Drawer:
@@ -164,16 +162,10 @@ class _Drawer:
         self._output = open_folder(str(self._config.output_dir))
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        try:
-            batch = from_dict(Batch, json.loads(str(rows["batch"][0])), "a batch")
-            return {"count": [self._draw(batch)], "error": [""], "kind": [""]}
-        except TinyFluxError as error:
-            text, kind = str(error), type(error).__name__
-        except OSError as error:
-            text, kind = f"a picture cannot be written: {error}", TinyFluxError.__name__
-        return {"count": [0], "error": [text], "kind": [kind]}
+        return answer(lambda: self._draw(str(rows["batch"][0])), "a picture cannot be written")
 
-    def _draw(self, batch: Batch) -> int:
+    def _draw(self, packed: str) -> int:
+        batch = from_dict(Batch, json.loads(packed), "a batch")
         if self._sampler is None:
             model = load_student(str(self._config.checkpoint), "cpu", torch.float32)
             device = resolve_device(self._zoo.device)

@@ -5,15 +5,14 @@ newest whole checkpoint there, whether the run was stopped, a worker died or the
 was changed. A run at a URL is written on the main worker's disk and uploaded with each checkpoint.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tinyflux import errors
 from tinyflux import run_dir as names
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.ray_session import ensure_ray, train_knows_its_ray
+from tinyflux.distributed.relay import unpack_error
 from tinyflux.distributed.start import finish
 from tinyflux.distributed.training_job import TrainingJob, TrainRun
 from tinyflux.errors import TinyFluxError, TrainingError
@@ -100,9 +99,8 @@ def _scaling(workers: WorkersConfig) -> dict[str, Any]:
 def _take_error(job: TrainingJob) -> TinyFluxError | None:
     """The error that a worker left, as it was raised there; its file goes."""
     try:
-        record = json.loads(job.folder.read(job.error_file))
+        packed = job.folder.read(job.error_file)
     except FileNotFoundError:
         return None
     job.folder.delete(job.error_file)
-    kind = getattr(errors, record["type"], TinyFluxError)
-    return kind(record["message"])
+    return unpack_error(packed)

@@ -1,6 +1,5 @@
 """One worker of a training on Ray."""
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from tinyflux.distributed.deepspeed import DeepSpeedEngine
 from tinyflux.distributed.evaluation import build_evaluator
 from tinyflux.distributed.evaluator import ActorEvaluator
 from tinyflux.distributed.metrics import RayMetrics
+from tinyflux.distributed.relay import pack_error
 from tinyflux.distributed.training import Training
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import TinyFluxError
@@ -91,6 +91,5 @@ def _errors_left_for_caller(job: TrainingJob) -> Iterator[None]:
     try:
         yield
     except TinyFluxError as error:
-        record = {"type": type(error).__name__, "message": str(error)}
-        job.folder.write(job.error_file, json.dumps(record).encode())
+        job.folder.write(job.error_file, pack_error(error).encode())
         raise

@@ -19,6 +19,7 @@ from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import read_held_out
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.distributed.ray_session import ensure_ray
+from tinyflux.distributed.relay import errors_as_raised
 from tinyflux.inference.sampler import Sampler, decode
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
@@ -65,10 +66,8 @@ def evaluate(run: RunConfig) -> str:
     task = ray.remote(_evaluate).options(
         num_cpus=workers.cpus_per_worker, num_gpus=1 if workers.use_gpu else 0
     )
-    try:
+    with errors_as_raised():
         ray.get(task.remote(to_dict(run)))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
     return join(run.run_dir, EVALUATION)
 
 
