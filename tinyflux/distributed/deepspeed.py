@@ -195,7 +195,7 @@ class DeepSpeedEngine:
         steps = self._step_count()
         if steps is None:
             return {} if main else None
-        found: dict[str, dict[str, Tensor]] = {
+        moments: dict[str, dict[str, Tensor]] = {
             key: self._whole_moment(key) or {} for key in MOMENTS
         }
         if not main:
@@ -203,7 +203,7 @@ class DeepSpeedEngine:
         return {
             **{
                 f"{n}/{key}": tensor
-                for key, moment in found.items()
+                for key, moment in moments.items()
                 for n, tensor in moment.items()
             },
             **{f"{name}/step": torch.tensor(float(steps)) for name in self._names},
@@ -263,7 +263,8 @@ class DeepSpeedEngine:
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The AdamW that DeepSpeed drives; under ZeRO its parameters are this worker's shards."""
-        return getattr(self._optimizer, "optimizer", self._optimizer)
+        inner: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return inner
 
     def _step_count(self) -> float | None:
         """Steps that AdamW has made, None before the first."""

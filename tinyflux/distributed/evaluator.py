@@ -66,7 +66,10 @@ class ActorEvaluator:
             ) from None
 
     def submit(
-        self, look: EvaluationRequest, weights: Mapping[str, Tensor], shadow: Mapping[str, Tensor]
+        self,
+        request: EvaluationRequest,
+        weights: Mapping[str, Tensor],
+        shadow: Mapping[str, Tensor],
     ) -> None:
         """Copy the tensors and have them looked at."""
         self._done += self.take(wait=True)
@@ -74,12 +77,12 @@ class ActorEvaluator:
             if not ray.wait([self._given_up], timeout=0)[0]:
                 logger.warning(
                     "the weights of step %d are not looked at: the evaluator is still busy",
-                    look.step,
+                    request.step,
                 )
                 return
             self._given_up = None
-        answer = self._actor.look.remote(look, _arrays(weights), _arrays(shadow))
-        self._asked.append((look.step, answer))
+        answer = self._actor.look.remote(request, _arrays(weights), _arrays(shadow))
+        self._asked.append((request.step, answer))
 
     def take(self, wait: bool = False) -> list[Evaluation]:
         """See :class:`tinyflux.trainer.evaluation.Evaluations`."""
@@ -123,7 +126,7 @@ class _Actor:
 
     def look(
         self,
-        look: EvaluationRequest,
+        request: EvaluationRequest,
         weights: Mapping[str, np.ndarray],
         shadow: Mapping[str, np.ndarray],
     ) -> Evaluation:
@@ -135,9 +138,9 @@ class _Actor:
         evaluator.model.load_state_dict({n: torch.as_tensor(a) for n, a in weights.items()})
         averaged = {name: torch.as_tensor(array) for name, array in shadow.items()}
         evaluator.ema.load_state_dict({"decay": evaluator.ema.decay, "shadow": averaged})
-        found = evaluator.look(look)
-        images = None if found.images is None else found.images.cpu()
-        return replace(found, images=images)
+        evaluation = evaluator.look(request)
+        images = None if evaluation.images is None else evaluation.images.cpu()
+        return replace(evaluation, images=images)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

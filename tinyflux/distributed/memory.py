@@ -31,13 +31,13 @@ def worker_bytes(
 
 
 def bucket_elements(largest: int, parameters: int) -> int:
-    """Of each of DeepSpeed's buffers, for a model whose largest tensor has ``largest``."""
+    """Elements of each of DeepSpeed's buffers; the model's largest tensor has ``largest``."""
     bucket = max(largest, min(LARGEST_BUCKET, parameters // 8))
     return -(-bucket // ALIGNMENT) * ALIGNMENT
 
 
 def buffer_bytes(parameters: int, largest: int, zero_stage: int) -> int:
-    """Of DeepSpeed's buffers: two for gradients, at stage 3 as many again for weights on call."""
+    """Bytes of DeepSpeed's buffers: two for gradients, at stage 3 two more for weights on call."""
     buffers = (0, 2, 2, 4)[zero_stage]
     return FP32 * buffers * bucket_elements(largest, parameters)
 
@@ -45,7 +45,7 @@ def buffer_bytes(parameters: int, largest: int, zero_stage: int) -> int:
 def sent_bytes(
     parameters: int, trainable: int, num_workers: int, zero_stage: int, micro_batches: int
 ) -> int:
-    """That a worker sends in one optimizer step, by ring collectives on fp32.
+    """Bytes that a worker sends in one optimizer step, by ring collectives on fp32.
 
     A reduction to everybody sends 2 of the ``num_workers`` parts' shares, one to the part's owner,
     or a gathering, 1. Stages 0 and 1 reduce once a step; 2 and 3 with every micro-batch, and 3

@@ -65,12 +65,12 @@ def model_card(
         pipeline_tag="text-to-image",
         tags=["tinyflux", "rectified-flow", "text-to-image"],
     )
-    found: dict[str, Any] = {}
+    latest: dict[str, Any] = {}
     for record in records:
         held_out = {name: v for name, v in record.items() if name.startswith("val_")}
-        found = {"step": record["step"], **held_out} if held_out else found
-    figures = _table(found) if found else "None were taken (`trainer.validate_every`)."
-    if (best := best_record(records)) is not None and best["step"] != found["step"]:
+        latest = {"step": record["step"], **held_out} if held_out else latest
+    figures = _table(latest) if latest else "None were taken (`trainer.validate_every`)."
+    if (best := best_record(records)) is not None and best["step"] != latest["step"]:
         figures += (
             f"\nThe EMA was best at step {best['step']}, with a `val_velocity_ema` of "
             f"{best['val_velocity_ema']:.5g}; these weights are those of the last step.\n"

@@ -172,9 +172,9 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
 def _compare(directory: Path, state: TrainerState) -> None:
     """Refuse files that are not those that were written."""
     for name, written in state.files.items():
-        if (found := file_sha256(directory / name)) != written:
+        if (read := file_sha256(directory / name)) != written:
             raise DamagedCheckpointError(
-                f"{name} is not as it was written (its SHA-256 is {found[:12]}, not {written[:12]})"
+                f"{name} is not as it was written (its SHA-256 is {read[:12]}, not {written[:12]})"
             )
 
 
@@ -271,14 +271,14 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Those of a snapshot are it already: a second copy of them would be the largest of all.
     """
-    found: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         # bitsandbytes gives every parameter the same table.
         alone = _stands_alone(tensor) and tensor.data_ptr() not in seen
-        found[name] = tensor if alone else _cpu_copy(tensor)
+        whole[name] = tensor if alone else _cpu_copy(tensor)
         seen.add(tensor.data_ptr())
-    return found
+    return whole
 
 
 def cpu_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -220,7 +220,10 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> to
                 "trainer.optimizer 'adamw_8bit' needs the package bitsandbytes: "
                 "pip install bitsandbytes, or use 'adamw'"
             ) from error
-        return AdamW8bit(parameters, lr=lr, betas=config.betas, weight_decay=decay)
+        eight_bit: torch.optim.Optimizer = AdamW8bit(
+            parameters, lr=lr, betas=config.betas, weight_decay=decay
+        )
+        return eight_bit
     return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
 
 
@@ -272,12 +275,12 @@ def restore_state(
 
 
 def _check_state(
-    name: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size] | None
+    name: str, given: Mapping[str, Tensor], expected: Mapping[str, torch.Size] | None
 ) -> None:
     """Refuse a parameter's state with other tensors than these; a weight may have none yet."""
-    if expected is None or not found:
+    if expected is None or not given:
         return
-    if problems := misfits(expected, found).phrases():
+    if problems := misfits(expected, given).phrases():
         raise CheckpointError(
             f"the checkpoint's optimizer state does not fit: {name}/{problems[0]}; use the model "
             "config and the trainer.optimizer that it was made with"

@@ -43,7 +43,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """What looking at the weights gave.
 
     Attributes:
         values: as of :func:`validate`; empty if not asked for.
@@ -67,7 +67,7 @@ class Evaluations(Protocol):
         """Look at these whole tensors, the model's and the EMA's; they may change afterwards."""
 
     def take(self, wait: bool = False) -> list[Evaluation]:
-        """What has been found since the last call, in order; with ``wait`` all that was asked."""
+        """The evaluations that are done since the last call, in order; with ``wait`` all."""
 
 
 class Evaluator:

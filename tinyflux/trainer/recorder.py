@@ -193,7 +193,7 @@ class Recorder:
             self.evaluations.submit(request, weights, shadow)
 
     def take_evaluations(self, wait: bool = False) -> None:
-        """Record what has been found; with ``wait`` all that was asked."""
+        """Record the evaluations that are done; with ``wait`` all that were asked for."""
         if self.evaluations is not None:
             for evaluation in self.evaluations.take(wait):
                 self._record(evaluation)

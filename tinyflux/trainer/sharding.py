@@ -45,13 +45,13 @@ def gather(
     whole: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         padded = padded_part(parts[name], shape, world)
-        found = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
+        pieces = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
         if world > 1:
-            dist.gather(padded, found)
+            dist.gather(padded, pieces)
         else:
-            found = [padded]
-        if found is not None:
-            whole[name] = torch.cat(found)[: shape.numel()].view(shape).cpu()
+            pieces = [padded]
+        if pieces is not None:
+            whole[name] = torch.cat(pieces)[: shape.numel()].view(shape).cpu()
     return whole if rank == 0 else None
 
 

@@ -173,10 +173,10 @@ class MLflow:
         local = not mlflow.is_tracking_uri_set()
         where = run_dir.absolute()
         self._client = mlflow.MlflowClient(f"sqlite:///{where / 'mlflow.db'}" if local else None)
-        found = self._client.get_experiment_by_name(project)
+        known = self._client.get_experiment_by_name(project)
         experiment = (
-            found.experiment_id
-            if found
+            known.experiment_id
+            if known
             else self._client.create_experiment(
                 project, artifact_location=(where / "mlflow").as_uri() if local else None
             )
@@ -186,7 +186,7 @@ class MLflow:
             run = self._client.create_run(experiment, run_name=run_dir.name)
             for key, value in _flat(settings):
                 self._client.log_param(run.info.run_id, key, str(value)[:500])
-            return run.info.run_id
+            return str(run.info.run_id)
 
         self._id = _kept(run_dir / "mlflow.id", start)
 
@@ -210,10 +210,10 @@ def _kept(path: Path, make: Callable[[], str]) -> str:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted names and values."""
-    found: list[tuple[str, Any]] = []
+    flat: list[tuple[str, Any]] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
+            flat += _flat(value, f"{prefix}{key}.")
         else:
-            found.append((f"{prefix}{key}", value))
-    return found
+            flat.append((f"{prefix}{key}", value))
+    return flat

@@ -236,14 +236,14 @@ def _steps_of(
 
 def _find_null_text(source: StepSource, sampler: Sampler | None) -> tuple[Tensor, Tensor]:
     """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, from whoever has them."""
-    found = source.null_text
-    if found is None and sampler is not None:
+    null_text = source.null_text
+    if null_text is None and sampler is not None:
         t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
-        found = (t5[0], pooled[0])
-    if found is None:
+        null_text = (t5[0], pooled[0])
+    if null_text is None:
         raise InputError(
             "neither the dataset nor the cache knows the empty caption's embeddings, which dropped "
             "captions are trained on and inference is given: pass Trainer.setup a sampler or "
             "null_text=(t5, pooled) of '', or set trainer.text_dropout to 0"
         )
-    return found
+    return null_text

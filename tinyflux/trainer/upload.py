@@ -93,7 +93,7 @@ class Uploader:
 
     def _commit(self, place: Path, name: str) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()  # they would be drawn over the run's own lines
         api = HfApi()
