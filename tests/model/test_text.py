@@ -28,6 +28,6 @@ def test_an_error_without_a_message_still_says_what_could_not_be_read(tmp_path, 
     monkeypatch.setattr("tinyflux.model.loader.load_file", silent)
     with pytest.raises(CheckpointError, match=r"not a checkpoint that can be read: RuntimeError"):
         load_model(tmp_path / "model.safetensors", config=student_config(), device="cpu")
-    monkeypatch.setattr("tinyflux.model.zoo.hf_hub_download", silent)
+    monkeypatch.setattr("tinyflux.model.pretrained.hf_hub_download", silent)
     with pytest.raises(HubError, match=r"cannot be fetched .*: RuntimeError"):
         ModelZoo(device="cpu", experts_repo="me/teachers").load_lune()

@@ -22,8 +22,8 @@ from tinyflux.distributed.memory import sent_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.pretrained import SD15_UNET
 from tinyflux.model.teachers import lune_features, sol_features
-from tinyflux.model.zoo import _SD15_UNET
 from tinyflux.plan import encoders
 from tinyflux.plan.plan import make_plan
 from tinyflux.plan.work import count_step, flop_counter, step_work
@@ -253,7 +253,7 @@ def test_the_encoders_have_the_flops_that_hours_are_planned_from(pixels):
             layers_per_block=2,
             latent_channels=16,
         )
-        unet = UNet2DConditionModel(**_SD15_UNET)
+        unet = UNet2DConditionModel(**SD15_UNET)
         side = pixels // 8
         inputs = (torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 77, 768))
         expect(encoders.VAE, counted(lambda: vae.encode(torch.zeros(1, 3, pixels, pixels))))

@@ -5,49 +5,34 @@ A local directory goes wherever a hub repository's name goes.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
-    PreTrainedModel,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from tinyflux.errors import ConfigError, HubError, InputError
+from tinyflux.errors import ConfigError, InputError
+from tinyflux.model.pictures import batches, downscale, encode_pictures
+from tinyflux.model.pretrained import open_pretrained, open_teacher, open_vae
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
 from tinyflux.util.config import nearest
 from tinyflux.util.device import resolve_device
-from tinyflux.util.text import first_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LUNE_FILENAME = "sd15-flow-lune-unet.safetensors"
 SOL_FILENAME = "sd15-flow-sol-unet.safetensors"
-# Stable Diffusion 1.5's UNet, whose single-file checkpoints come without a config.
-_SD15_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
 
 
 class ModelZoo:
@@ -99,13 +84,13 @@ class ModelZoo:
 
     def load_vae(self) -> AutoencoderKL:
         """The student's VAE."""
-        return self._load("vae", lambda: _open_vae(self.vae_repo, self.dtype))
+        return self._load("vae", lambda: open_vae(self.vae_repo, self.dtype))
 
     def load_sd_vae(self) -> AutoencoderKL:
         """The teachers' VAE; the student's own module if both come from one place."""
         if self.sd_repo == self.vae_repo:
             return self.load_vae()
-        return self._load("sd_vae", lambda: _open_vae(self.sd_repo, self.dtype))
+        return self._load("sd_vae", lambda: open_vae(self.sd_repo, self.dtype))
 
     def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
         """T5's tokenizer and encoder.
@@ -114,7 +99,7 @@ class ModelZoo:
             ConfigError: ``t5_layers`` names a layer that it has not.
         """
         model = self._load(
-            "t5", lambda: _pretrained(T5EncoderModel, self.t5_repo, dtype=self.dtype)
+            "t5", lambda: open_pretrained(T5EncoderModel, self.t5_repo, dtype=self.dtype)
         )
         last = model.config.num_layers
         if max(self.t5_layers) > last:
@@ -127,7 +112,7 @@ class ModelZoo:
     def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
         """CLIP's tokenizer and text model."""
         model = self._load(
-            "clip", lambda: _pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
+            "clip", lambda: open_pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
         )
         return self._clip_tokenizer(), model
 
@@ -140,7 +125,7 @@ class ModelZoo:
         return self._load("sol", lambda: self._open_teacher("sol", filename))
 
     def _open_teacher(self, name: str, filename: str) -> UNet2DConditionModel:
-        return _open_teacher(self.experts_repo, name, filename, self.dtype)
+        return open_teacher(self.experts_repo, name, filename, self.dtype)
 
     def _load(self, name: str, opener: Callable[[], Any]) -> Any:
         if name not in self._models:
@@ -155,7 +140,7 @@ class ModelZoo:
 
     def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:
         if name not in self._tokenizers:
-            self._tokenizers[name] = _pretrained(cls, repo)
+            self._tokenizers[name] = open_pretrained(cls, repo)
         return self._tokenizers[name]
 
     # Memory management
@@ -224,7 +209,7 @@ class ModelZoo:
     @property
     def downscale(self) -> int:
         """Pixels per latent along a side."""
-        return _downscale(self.load_vae())
+        return downscale(self.load_vae())
 
     def encode_image(self, image: Image.Image) -> Tensor:
         """Student latents ``[C, h, w]`` of one RGB picture."""
@@ -237,7 +222,9 @@ class ModelZoo:
             InputError: not pictures, of several sizes, or sides that the VAE cannot halve.
         """
         vae = self.load_vae()
-        return (_encode(vae, images, batch_size) - self.latent_shift) * vae.config.scaling_factor
+        return (
+            encode_pictures(vae, images, batch_size) - self.latent_shift
+        ) * vae.config.scaling_factor
 
     def encode_teacher_latents_batched(
         self, images: list[Image.Image], batch_size: int = 32
@@ -245,7 +232,7 @@ class ModelZoo:
         """The teachers' latents ``[N, C, h, w]``, from their own VAE as its config scales them."""
         vae = self.load_sd_vae()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (_encode(vae, images, batch_size) - shift) * vae.config.scaling_factor
+        return (encode_pictures(vae, images, batch_size) - shift) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor:
@@ -288,7 +275,7 @@ class ModelZoo:
             self._warn_of_cuts(prompts)
         tokenizer, model = self.load_t5()
         found = []
-        for batch in _batches(prompts, batch_size):
+        for batch in batches(prompts, batch_size):
             tokens = tokenize(tokenizer, batch, self.max_text_length)
             ids, mask = tokens.ids.to(self.device), tokens.mask.to(self.device)
             found.append(t5_embeddings(model, ids, mask, self.t5_layers, self.text_padding))
@@ -313,7 +300,7 @@ class ModelZoo:
     @cached_property
     def clip_limit(self) -> int:
         """How many tokens CLIP reads, its start and end among them: 77."""
-        return int(_pretrained(CLIPTextConfig, self.clip_repo).max_position_embeddings)
+        return int(open_pretrained(CLIPTextConfig, self.clip_repo).max_position_embeddings)
 
     def cut_tokens(self, prompts: Sequence[str]) -> list[CutTokens]:
         """How much of each prompt is beyond :attr:`clip_limit` and ``max_text_length``.
@@ -338,14 +325,9 @@ class ModelZoo:
 
     def _run_clip(self, prompts: Sequence[str], batch_size: int) -> Iterator[Any]:
         tokenizer, model = self.load_clip()
-        for batch in _batches(prompts, batch_size):
+        for batch in batches(prompts, batch_size):
             # CLIP was trained without a padding mask.
             yield model(tokenize(tokenizer, batch, self.clip_limit).ids.to(self.device))
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])
 
 
 def _check_prompts(prompts: Sequence[str], allow_empty: bool) -> None:
@@ -354,94 +336,3 @@ def _check_prompts(prompts: Sequence[str], allow_empty: bool) -> None:
             raise InputError(f"a prompt must be text, not {type(prompt).__name__}")
         if not prompt.strip() and not allow_empty:
             raise InputError("a prompt is empty: say what the picture should show")
-
-
-def _downscale(vae: AutoencoderKL) -> int:
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-@torch.no_grad()
-def _encode(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int) -> Tensor:
-    """Posterior modes ``[N, C, h, w]``, unscaled."""
-    if not images:
-        raise InputError("there are no pictures to encode")
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise InputError(f"a picture must be a PIL image, not {type(image).__name__}")
-    size, step = images[0].size, _downscale(vae)
-    if any(image.size != size for image in images):
-        sizes = sorted({f"{image.width} x {image.height}" for image in images})
-        raise InputError(f"pictures of one batch must have one size, not {', '.join(sizes[:4])}")
-    if size[0] % step or size[1] % step:
-        raise InputError(
-            f"a picture of {size[0]} x {size[1]} pixels does not divide into the VAE's steps of "
-            f"{step}: use sides that are multiples of {step}"
-        )
-    parameter = next(vae.parameters())
-    found = []
-    for batch in _batches(images, batch_size):
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in batch])
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(parameter.device)
-        values = (values.float() / 127.5 - 1).to(parameter.dtype)
-        found.append(vae.encode(values).latent_dist.mode())
-    return torch.cat(found)
-
-
-def _pretrained(cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | None = None) -> Any:
-    """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
-    place = f"{repo}/{subfolder}" if subfolder else repo
-    local = os.path.isdir(repo)
-    if not local and _looks_local(repo):
-        raise HubError(
-            f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
-        )
-    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-    if dtype is not None:
-        options["dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"] = dtype
-    if issubclass(cls, PreTrainedModel | ModelMixin):
-        options["use_safetensors"] = True  # a pickle can run anything as it is opened
-    try:
-        return cls.from_pretrained(repo, **options)
-    except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
-        kind = "directory" if local else "hub repository (is the network reachable?)"
-        raise HubError(
-            f"{cls.__name__} cannot be loaded from '{place}', a {kind}: {first_line(error):.200}"
-        ) from error
-
-
-def _looks_local(repo: str) -> bool:
-    return repo.startswith((".", "/", "~")) or repo.count("/") != 1
-
-
-def _open_vae(repo: str, dtype: torch.dtype) -> AutoencoderKL:
-    at_root = os.path.isfile(os.path.join(repo, "config.json"))
-    return _pretrained(AutoencoderKL, repo, "" if at_root else "vae", dtype)
-
-
-def _open_teacher(
-    repo: str, folder: str, filename: str, dtype: torch.dtype
-) -> UNet2DConditionModel:
-    if os.path.isfile(os.path.join(repo, folder, "config.json")):
-        return _pretrained(UNet2DConditionModel, repo, folder, dtype)
-    if os.path.isdir(repo):
-        path = Path(repo) / filename
-        if not path.is_file():
-            raise HubError(f"'{repo}' holds neither a folder '{folder}' nor the file '{filename}'")
-    elif _looks_local(repo):
-        raise HubError(f"there is no directory '{repo}' to load the teacher {folder} from")
-    else:
-        try:
-            path = Path(hf_hub_download(repo, filename))
-        except Exception as error:
-            raise HubError(
-                f"'{filename}' cannot be fetched from the hub repository '{repo}' (is the network "
-                f"reachable?): {first_line(error):.200}"
-            ) from error
-    beside = path.with_name("config.json")
-    config = UNet2DConditionModel.load_config(str(beside)) if beside.is_file() else _SD15_UNET
-    unet = UNet2DConditionModel.from_config(config)
-    try:
-        unet.load_state_dict(load_file(path))
-    except Exception as error:
-        raise HubError(f"'{path}' is not a {folder} teacher: {str(error)[:200]}") from error
-    return unet.to(dtype)

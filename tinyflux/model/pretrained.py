@@ -1,0 +1,87 @@
+"""Frozen models from hub repositories or local directories, each failure one sentence."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from tinyflux.errors import HubError
+from tinyflux.util.text import first_line
+
+# Stable Diffusion 1.5's UNet, whose single-file checkpoints come without a config.
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "layers_per_block": 2,
+}
+
+
+def open_pretrained(
+    cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | None = None
+) -> Any:
+    """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
+    place = f"{repo}/{subfolder}" if subfolder else repo
+    local = os.path.isdir(repo)
+    if not local and _looks_local(repo):
+        raise HubError(
+            f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
+        )
+    options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+    if dtype is not None:
+        options["dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"] = dtype
+    if issubclass(cls, PreTrainedModel | ModelMixin):
+        options["use_safetensors"] = True  # a pickle can run anything as it is opened
+    try:
+        return cls.fromopen_pretrained(repo, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
+        kind = "directory" if local else "hub repository (is the network reachable?)"
+        raise HubError(
+            f"{cls.__name__} cannot be loaded from '{place}', a {kind}: {first_line(error):.200}"
+        ) from error
+
+
+def _looks_local(repo: str) -> bool:
+    return repo.startswith((".", "/", "~")) or repo.count("/") != 1
+
+
+def open_vae(repo: str, dtype: torch.dtype) -> AutoencoderKL:
+    """A VAE, at the repository's root or in ``vae/``."""
+    at_root = os.path.isfile(os.path.join(repo, "config.json"))
+    return open_pretrained(AutoencoderKL, repo, "" if at_root else "vae", dtype)
+
+
+def open_teacher(repo: str, folder: str, filename: str, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A teacher: folder ``folder`` of the repository, or its file ``filename``."""
+    if os.path.isfile(os.path.join(repo, folder, "config.json")):
+        return open_pretrained(UNet2DConditionModel, repo, folder, dtype)
+    if os.path.isdir(repo):
+        path = Path(repo) / filename
+        if not path.is_file():
+            raise HubError(f"'{repo}' holds neither a folder '{folder}' nor the file '{filename}'")
+    elif _looks_local(repo):
+        raise HubError(f"there is no directory '{repo}' to load the teacher {folder} from")
+    else:
+        try:
+            path = Path(hf_hub_download(repo, filename))
+        except Exception as error:
+            raise HubError(
+                f"'{filename}' cannot be fetched from the hub repository '{repo}' (is the network "
+                f"reachable?): {first_line(error):.200}"
+            ) from error
+    beside = path.with_name("config.json")
+    config = UNet2DConditionModel.load_config(str(beside)) if beside.is_file() else SD15_UNET
+    unet = UNet2DConditionModel.from_config(config)
+    try:
+        unet.load_state_dict(load_file(path))
+    except Exception as error:
+        raise HubError(f"'{path}' is not a {folder} teacher: {str(error)[:200]}") from error
+    return unet.to(dtype)
