@@ -82,6 +82,7 @@ class CachedEncoders:
     def __init__(self, zoo: ModelZoo):
         self._prompts = PromptCache(zoo, 256, torch.device("cpu"), torch.float32)
         self.decode_latents = zoo.decode_latents
+        self.downscale = zoo.downscale
 
     def encode_prompts_batched(self, prompts: list[str], *args: Any, **kwargs: Any) -> Any:
         found = [self._prompts(prompt).condition for prompt in prompts]

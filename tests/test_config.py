@@ -13,8 +13,11 @@ from tinyflux.cache.config import MixSource
 from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
 from tinyflux.cli.main import COMMANDS, run_job
 from tinyflux.config import RunConfig, load_run_config, parse_run_config, save_run_config
+from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import PRESETS, preset
+from tinyflux.serving.config import ServeConfig
+from tinyflux.trainer.config import TrainerConfig
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -41,6 +44,47 @@ def test_a_resolved_config_is_read_back_equal(tmp_path):
     run = load_run_config(DEMO, ["--workers.num_workers", "1"])
     save_run_config(run, tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("section", "former", "new"),
+    [
+        ("sample", ["height", "width"], "size"),
+        ("trainer", ["sample_height", "sample_width"], "sample_size"),
+        ("serve", ["max_height", "max_width"], "max_size"),
+    ],
+)
+def test_former_sides_are_taken_with_one_line_and_not_beside_the_new(
+    tmp_path, caplog, section, former, new
+):
+    given = [f"{section}.{name}" for name in former]
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{section}: {{{former[0]}: 8, {former[1]}: 16}}\n")
+    run = load_run_config(file)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{given[0]} and {given[1]} are in latents")
+    assert f"set {section}.{new}, in pixels, instead" in said
+    save_run_config(run, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path / "config.yaml") == run
+
+    caplog.clear()
+    file.write_text(f"{section}: {{{new}: 640x480}}\n")
+    assert getattr(getattr(load_run_config(file), section), new) == "640x480"
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=rf"{section}\.{new} and {given[1]} are both set: keep"):
+        # A command that does not serve need not mind what a server would refuse.
+        load_run_config(file, [f"--{given[1]}", "16"]).serve.check_limits()
+
+
+def test_former_sides_mean_latents_and_the_new_ones_pixels():
+    assert SampleConfig(height=8).picture_size(4) == (256, 32)
+    assert SampleConfig(size="64x32").picture_size(4) == (64, 32)
+    assert SampleConfig().picture_size(4) == SampleConfig().picture_size(8) == (512, 512)
+    assert ServeConfig(max_width=8).largest_picture(8) == (64, 1024)
+    assert ServeConfig(max_size=64).largest_picture(8) == (64, 64)
+    for section in ({"sample_height": 0}, {"sample_size": "0x8"}):
+        with pytest.raises(ConfigError, match=rf"trainer\.{next(iter(section))} must be"):
+            TrainerConfig(**section)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +209,5 @@ def test_a_sections_module_needs_errors_and_util_alone(package):
         "tinyflux.util.config",
         "tinyflux.util.urls",
         "tinyflux.util.limits",
+        "tinyflux.util.picture_size",
     }

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from tinyflux.util.config import dtype_name, nearest, parse_dtype
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import first_line
 from tinyflux.util.urls import check_url, is_url, join
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = {"config", "help", "print_config"}
 EXAMPLE = """example:
@@ -98,6 +101,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux train") -> 
     values = _parse(arguments, prog, defaults)
     run = plain.from_dict(RunConfig, values.as_dict(), "the run's config")
     _resolve_paths(run)
+    _warn_of_former_names(run)
     return run
 
 
@@ -243,6 +247,13 @@ def _resolve_paths(run: RunConfig) -> None:
         if value := getattr(section, name):
             setattr(section, name, _resolved(value))
     run.serve.models = {name: _resolved(place) for name, place in run.serve.models.items()}
+
+
+def _warn_of_former_names(run: RunConfig) -> None:
+    """Say what to write instead, once: processes that are handed the run do not read it again."""
+    for section in (run.sample, run.trainer, run.serve):
+        if warning := section.former_sides.warning(section):
+            logger.warning(warning)
 
 
 def _resolved_folder(value: str) -> str:

@@ -51,8 +51,8 @@ def run(tmp_path_factory):
             batch_size=4, gradient_accumulation=1, total_steps=4, save_every_steps=2, log_every=1
         ),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5),
-        sample=SampleConfig(prompts=CAPTIONS[:2], num_steps=2, height=4, width=4),
-        serve=ServeConfig(port=free_ports(1)[0], max_height=8, max_width=8, default_size=16),
+        sample=SampleConfig(prompts=CAPTIONS[:2], num_steps=2, size=16),
+        serve=ServeConfig(port=free_ports(1)[0], max_size=32, default_size=16),
     )
     save_run_config(run, f"{run.run_dir}.yaml")
     return run

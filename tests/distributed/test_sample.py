@@ -22,9 +22,10 @@ from tests.fixtures.serving_place import make_place
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import zoo_config
 from tinyflux.distributed.config import SampleConfig
-from tinyflux.distributed.prompt_file import Wish
-from tinyflux.distributed.sample import read_picture, wanted_pictures
-from tinyflux.errors import InputError
+from tinyflux.distributed.prompt_file import read_prompts, sample_requests
+from tinyflux.distributed.sample import PictureNotes, read_picture
+from tinyflux.errors import ConfigError, InputError
+from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
 from tinyflux.util.config import to_dict
@@ -35,6 +36,8 @@ from tinyflux.model.config import ZooConfig
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.sample import sample_prompts
 from tinyflux.util.config import from_dict
+from tinyflux.util.logging import log_to_console
+log_to_console()
 sample_prompts(from_dict(SampleConfig, json.loads(sys.argv[1]), "test"),
                from_dict(ZooConfig, json.loads(sys.argv[2]), "test"))
 """
@@ -45,16 +48,21 @@ def write(path, text):
     return str(path)
 
 
+def wanted_pictures(config, downscale=8):
+    lines = read_prompts(config.prompts, config.prompts_file)
+    return sample_requests(lines, config, downscale)
+
+
 def test_every_line_is_a_picture_with_its_own_settings(tmp_path):
-    lines = [{"prompt": "a"}, {"prompt": "b", "seed": 9, "height": 8, "num_steps": 3}]
+    lines = [{"prompt": "a"}, {"prompt": "b", "seed": 9, "size": "512x64", "num_steps": 3}]
     file = write(tmp_path / "p.jsonl", "\n\n".join(json.dumps(line) for line in lines))
     config = SampleConfig(prompts=["first"], prompts_file=file, seed=5, num_steps=2)
-    first = Wish("first", "", 2, 5.0, 64, 64, 5)
+    first = SampleRequest("first", "", 2, 5.0, 512, 512, 5)
     wanted = [first, replace(first, prompt="a", seed=6),
-              replace(first, prompt="b", seed=9, height=8, num_steps=3)]  # fmt: skip
+              replace(first, prompt="b", seed=9, height=64, num_steps=3)]  # fmt: skip
     assert wanted_pictures(config) == wanted
     config.prompts_file = write(tmp_path / "p.txt", "a \n\nb\n")
-    assert [wish.prompt for wish in wanted_pictures(config)] == ["first", "a", "b"]
+    assert [request.prompt for request in wanted_pictures(config)] == ["first", "a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,14 @@ def test_every_line_is_a_picture_with_its_own_settings(tmp_path):
         ('{"prompt": "a", "sede": 1}', r"line 2: 'sede' is not a setting \(did you mean 'seed'"),
         ('{"prompt": "a", "seed": 1.5}', "line 2: seed must be a whole number"),
         ('{"prompt": "a", "height": 0}', "line 2: height must be"),
+        ('{"prompt": "a", "height": "8"}', "line 2: height must be a whole number from 1 to 1024"),
+        ('{"prompt": "a", "size": "wide"}', "line 2: size must be pixels, as a whole number"),
+        ('{"prompt": "a", "size": true}', "line 2: size must be pixels, as a whole number"),
+        (
+            '{"prompt": "a", "size": "64x60"}',
+            "line 2: the size's height must be a multiple of 8 from 8 to 8192 pixels, not 60",
+        ),
+        ('{"prompt": "a", "size": 64, "width": 8}', "line 2: size and width are both given"),
         ('{"prompt": "a", "guidance_scale": "much"}', "line 2: guidance_scale must be a number"),
     ],
 )
@@ -75,6 +91,36 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file = write(tmp_path / "p.jsonl", f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(InputError, match=message):
         wanted_pictures(SampleConfig(prompts_file=file))
+
+
+def test_former_sides_in_latents_draw_what_they_drew(tmp_path, caplog):
+    lines = [{"prompt": "a", "height": 6}, {"prompt": "b"}, {"prompt": "c", "width": 2}]
+    file = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
+    requests = wanted_pictures(SampleConfig(prompts_file=file, width=4), downscale=4)
+    # What a line does not say was the config's, and what that does not say 64 latents.
+    assert [(one.height, one.width) for one in requests] == [(24, 16), (256, 16), (256, 8)]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{file}, line 1: height and width are in latents")
+    assert 'write "size", in pixels' in said
+
+
+def test_a_size_that_latents_cannot_fill_is_said():
+    config = SampleConfig(prompts=["a"], size="64x50")
+    with pytest.raises(ConfigError, match=r"sample\.size: the height must be a multiple of 4 from"):
+        wanted_pictures(config, downscale=4)
+
+
+@pytest.mark.parametrize("scale", [2, 2.0])
+def test_a_pictures_note_is_what_it_was(tmp_path, scale):
+    """Another note would draw a directory of earlier pictures again."""
+    line = {"prompt": "a", "guidance_scale": scale, "size": "640x512"}
+    (request,) = wanted_pictures(
+        SampleConfig(prompts_file=write(tmp_path / "p.jsonl", json.dumps(line)), num_steps=2)
+    )
+    assert PictureNotes("0123", 8).of(request) == (
+        '{"guidance_scale": 2.0, "height": 64, "negative_prompt": "", "num_steps": 2, '
+        '"prompt": "a", "seed": 0, "weights": "0123", "width": 80}'
+    )
 
 
 def test_no_prompts_and_no_file_are_said(tmp_path):
@@ -118,7 +164,7 @@ def pictures(config):
 def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
     config = SampleConfig(
         prompts_file=str(place / "prompts.jsonl"), checkpoint=str(place / "model"),
-        height=4, width=4, batch_size=3, output_dir=str(tmp_path / "whole"), num_actors=2,
+        size=16, batch_size=3, output_dir=str(tmp_path / "whole"), num_actors=2,
         cpus_per_actor=0.5,
     )  # fmt: skip
     run(config, place, head.environment)
@@ -145,7 +191,7 @@ def test_kills_leave_the_pictures_of_a_run_without_them(place, head, tmp_path):
             driver.kill()
             driver.wait()
             driver = start(killed, place, head.environment)
-        elif pids := head.processes(b"_Drawer"):
+        elif pids := head.processes(b"SampleActor"):
             os.kill(chance.choice(pids), signal.SIGKILL)
     assert driver.wait(PATIENCE) == 0, Path(f"{output}.log").read_text()[-3000:]
     assert pictures(killed) == whole

@@ -51,7 +51,7 @@ def run(tmp_path):
             keep_last_n_steps=2, log_every=10, val_fraction=0.2, validate_every=40,
         ),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5),
-        sample=SampleConfig(prompts=CAPTIONS[:3], num_steps=2, height=4, width=4),
+        sample=SampleConfig(prompts=CAPTIONS[:3], num_steps=2, size=16),
     )  # fmt: skip
 
 

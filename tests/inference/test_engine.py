@@ -57,7 +57,7 @@ def place(tmp_path_factory):
 @contextlib.contextmanager
 def opened(place, **changes):
     values = {
-        "max_batch": 3, "max_steps": 60, "max_height": 8, "max_width": 8, "default_size": 16,
+        "max_batch": 3, "max_steps": 60, "max_size": 32, "default_size": 16,
         **changes,
     }  # fmt: skip
     config = ServeConfig(checkpoint=str(place / "model"), **values)
@@ -526,15 +526,27 @@ def test_absurd_limits_are_refused(place, changes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"default_size": 512}, "multiple of 4 from 4 to 32 pixels, not 512"),
+        ({"default_size": 512}, r"serve\.default_size 512 is over serve\.max_size 32"),
         ({"default_size": 18}, "not 18"),
+        (
+            {"max_size": None, "max_height": 8, "max_width": 8, "default_size": 512},
+            "multiple of 4 from 4 to 32 pixels, not 512",
+        ),
+        (
+            {"max_size": 30, "default_size": 28},
+            r"serve\.max_size: the width must be a multiple of 4 from 4 to 4096 pixels, not 30",
+        ),
+        (
+            {"max_size": "40x16", "default_size": 32},
+            r"serve\.default_size 32 is over serve\.max_size 40x16",
+        ),
         ({"default_steps": 61}, r"serve\.default_steps 61 is over serve\.max_steps 60"),
     ],
 )
 def test_a_server_whose_defaults_it_would_refuse_does_not_start(place, settings, message):
     config = ServeConfig(
         checkpoint=str(place / "model"),
-        **{"max_steps": 60, "max_height": 8, "max_width": 8, "default_size": 16, **settings},
+        **{"max_steps": 60, "max_size": 32, "default_size": 16, **settings},
     )
     with pytest.raises(ConfigError, match=message):
         run_server(config, zoo_config(place / "world"))

@@ -29,8 +29,8 @@ def test_replicas_follow_the_queue(tmp_path):
         zoo=zoo_config(place / "world"),
         serve=ServeConfig(
             checkpoint=str(place / "model"), cpus_per_replica=0.5, min_replicas=1, max_replicas=2,
-            scale_up_seconds=1.0, scale_down_seconds=2.0, max_steps=1000, max_height=16,
-            max_width=16, default_size=16, max_batch=2, max_queue=8, timeout_s=PATIENCE,
+            scale_up_seconds=1.0, scale_down_seconds=2.0, max_steps=1000, max_size=64,
+            default_size=16, max_batch=2, max_queue=8, timeout_s=PATIENCE,
         ),
     )  # fmt: skip
     save_run_config(run, place / "run.yaml")

@@ -48,7 +48,7 @@ def test_prometheus_gets_every_metric_of_the_dashboard(tmp_path):
             log_every=1, validate_every=20, val_fraction=0.3,
         ),
         workers=WorkersConfig(num_workers=1, cpus_per_worker=0.5),
-        serve=ServeConfig(port=free_ports(1)[0], max_height=8, max_width=8, default_size=16),
+        serve=ServeConfig(port=free_ports(1)[0], max_size=32, default_size=16),
     )  # fmt: skip
     save_run_config(run, tmp_path / "run.yaml")
     config = ("--config", str(tmp_path / "run.yaml"))

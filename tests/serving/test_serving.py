@@ -19,7 +19,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(place):
     config = ServeConfig(
-        checkpoint=str(place / "model"), max_steps=10, max_height=8, max_width=8,
+        checkpoint=str(place / "model"), max_steps=10, max_size=32,
         default_steps=2, default_size=16,
     )  # fmt: skip
     return open_engine(config, zoo_config(place / "world"))

@@ -42,7 +42,7 @@ def client(tmp_path_factory) -> EngineClient:
     place = make_place(tmp_path_factory.mktemp("odd"))
     config = ServeConfig(
         checkpoint=str(place / "model"), default_size=16, default_steps=2, default_guidance=2.0,
-        max_steps=4, max_height=8, max_width=8,
+        max_steps=4, max_size=32,
     )  # fmt: skip
     zoo = zoo_config(place / "world")
     shared = serve.deployment(SharedState).options(name="shared").bind(config)

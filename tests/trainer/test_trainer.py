@@ -13,6 +13,7 @@ from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
@@ -29,7 +30,13 @@ from tests.fixtures.trainers import (
 )
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tinyflux.data.batches import HeldOut
-from tinyflux.errors import CheckpointError, InputError, MissingDependencyError, TrainingError
+from tinyflux.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingDependencyError,
+    TrainingError,
+)
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import (
@@ -466,6 +473,31 @@ def test_samples_validation_and_their_logs(tmp_path):
     validated = [record for record in records if "val_velocity" in record]
     assert [record["step"] for record in validated] == [0, 2, 4]
     assert {"val_lune", "val_sol", "val_velocity_ema"} <= validated[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels"),
+    [
+        ({}, (16, 16)),
+        ({"sample_size": "24x16"}, (24, 16)),
+        ({"sample_height": 2, "sample_width": 3}, (24, 16)),  # latents
+    ],
+)
+def test_samples_are_of_the_trainings_size_or_another(tmp_path, size, pixels):
+    trainer = make_trainer(
+        tmp_path, sampler=draws, sample_every=1, sample_prompts=["a cat"], sample_steps=1,
+        total_steps=1, **size,
+    )  # fmt: skip
+    trainer.train(epochs=1)
+    with Image.open(tmp_path / "samples" / "step_00000001.png") as picture:
+        assert picture.size == pixels
+
+
+def test_a_sample_size_that_latents_cannot_fill_is_said_before_the_first_step(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.sample_size: the width must be a multiple of 8"
+    ):
+        make_trainer(tmp_path, sampler=draws, sample_prompts=["a cat"], sample_size=20)
 
 
 def test_neither_samples_nor_validation_change_training(tmp_path):

@@ -1,12 +1,13 @@
 """The ``workers``, ``sample`` and ``cluster`` sections of a run file."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import nearest
+from tinyflux.util.picture_size import FormerSides, PictureSize
 
 ENGINES = ("deepspeed", "torch")
 
@@ -100,8 +101,9 @@ class SampleConfig:
             settings of their own.
         num_steps: Denoising steps of a picture.
         guidance_scale: Scale of classifier-free guidance; 1 is without.
-        height: Height in latents; a picture is the VAE's downscale times larger.
-        width: Width in latents.
+        size: Size in pixels, such as 512 or 640x480 (width and height); None: 512.
+        height: Height in latents, the former way to say ``size``; it goes with the next release.
+        width: Width in latents, as ``height``.
         seed: The i-th prompt uses ``seed + i``.
         negative_prompt: What pictures should not show; guidance leads away from it.
         checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
@@ -114,12 +116,15 @@ class SampleConfig:
         gpus_per_actor: GPUs that Ray reserves for each of them; 0 draws on CPUs.
     """
 
+    former_sides: ClassVar = FormerSides("sample", "size", "height", "width")
+
     prompts: list[str] = field(default_factory=list)
     prompts_file: str | None = None
     num_steps: int = 28
     guidance_scale: float = 5.0
-    height: int = 64
-    width: int = 64
+    size: int | str | None = None
+    height: int | None = None
+    width: int | None = None
     seed: int = 0
     negative_prompt: str = ""
     checkpoint: str | None = None
@@ -133,6 +138,15 @@ class SampleConfig:
         for name in ("batch_size", "num_actors"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sample.{name} must be at least 1, not {getattr(self, name)}")
+        self.former_sides.check(self)
+
+    def picture_size(self, downscale: int) -> PictureSize:
+        """The size of pictures, with a VAE that makes ``downscale`` pixels of a latent's side.
+
+        Raises:
+            ConfigError: latents cannot fill it.
+        """
+        return self.former_sides.in_pixels(self, downscale, default=512, former_default=64)
 
 
 GB, TFLOP = 1e9, 1e12

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tinyflux.distributed.config import SampleConfig
-from tinyflux.distributed.prompt_file import Wish, read_wishes
+from tinyflux.distributed.prompt_file import read_prompts, sample_requests
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.relay import answer, value_of
 from tinyflux.distributed.weights import load_student
 from tinyflux.errors import ConfigError
+from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.text import CutTokens
@@ -36,6 +38,8 @@ from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
 from tinyflux.util.images import image_grid, png_bytes
 
+logger = logging.getLogger(__name__)
+
 GRID = 64  # pictures of it
 
 
@@ -44,23 +48,14 @@ class Batch:
     """Pictures that are drawn together.
 
     Attributes:
-        places: of the wishes in the list. missing: those of them that are to be written.
+        indices: Their places in the list of all pictures.
+        requests: What each shows.
+        missing: Those of the indices whose pictures are to be written.
     """
 
-    places: list[int]
-    wishes: list[Wish]
+    indices: list[int]
+    requests: list[SampleRequest]
     missing: list[int]
-
-
-def wanted_pictures(config: SampleConfig) -> list[Wish]:
-    """Every picture that ``config`` asks for.
-
-    Raises:
-        InputError: there are none, or one that cannot be drawn.
-    """
-    names = {item.name for item in dataclasses.fields(Wish)} - {"prompt"}
-    defaults = {name: getattr(config, name) for name in names}
-    return read_wishes(config.prompts, config.prompts_file, defaults)
 
 
 def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
@@ -71,68 +66,99 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
     """
     if config.checkpoint is None or config.output_dir is None:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
-    wishes, output = wanted_pictures(config), open_folder(config.output_dir)
+    lines = read_prompts(config.prompts, config.prompts_file)
+    output = open_folder(config.output_dir)
     student = load_student(config.checkpoint, "cpu", torch.float32)
-    weights = _fingerprint(student)
     models = dataclasses.replace(zoo, device="cpu").build(student.config)
-    cuts = models.cut_tokens([wish.prompt for wish in wishes])
-    batches = list(_batches(config, wishes, weights, output))
-    total, left = len(wishes), sum(len(batch.missing) for batch in batches)
-    print(f"sample: {total - left} of {total} are there", flush=True)
-    done, started = total - left, time.monotonic()
-    for count in _draw(config, zoo, weights, batches):
-        done += count
-        rate = (done - total + left) / max(time.monotonic() - started, 1e-9)
-        print(
-            f"sample: {done}/{total} pictures  {rate:.2f} pictures/s  "
-            f"{(total - done) / rate:.0f} s left",
-            flush=True,
-        )
-    lines = [
-        json.dumps(
-            {"file_name": _name(place), **json.loads(_settings(wish, weights)), **_told(cut)}
-        )
-        for place, (wish, cut) in enumerate(zip(wishes, cuts, strict=True))
-    ]
-    output.write("metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    if len({(wish.height, wish.width) for wish in wishes[:GRID]}) == 1:
-        pictures = [read_picture(output.read(_name(place))) for place in range(min(total, GRID))]
-        output.write("grid.png", png_bytes(image_grid(torch.stack(pictures))))
+    requests = sample_requests(lines, config, models.downscale)
+    notes = PictureNotes(_fingerprint(student), models.downscale)
+    cuts = models.cut_tokens([request.prompt for request in requests])
+    batches = list(_batches(config.batch_size, requests, notes, output))
+    total, left = len(requests), sum(len(batch.missing) for batch in batches)
+    logger.info(f"sample: {total - left} of {total} are there")
+    _draw(config, zoo, notes, batches, total)
+    _write_metadata(output, requests, cuts, notes)
+    _write_grid(output, requests)
     if longer := sum(map(any, cuts)):
-        print(
+        logger.info(
             f"sample: {longer} of {total} prompts are longer than the text encoders read; "
-            f"metadata.jsonl says what was left out",
-            flush=True,
+            "metadata.jsonl says what was left out"
         )
-    print(f"sample: {total} pictures in {config.output_dir}", flush=True)
+    logger.info(f"sample: {total} pictures in {config.output_dir}")
     return config.output_dir
 
 
+@dataclass(frozen=True)
+class PictureNotes:
+    """What is written into pictures: all that they depend on, so that the same is not drawn again.
+
+    Attributes:
+        weights: The fingerprint of the student's weights.
+        downscale: Pixels of a latent's side.
+    """
+
+    weights: str
+    downscale: int
+
+    def of(self, request: SampleRequest) -> str:
+        """A request's note, as JSON; sides are in latents, as they were in the first pictures."""
+        height, width = self.latents(request)
+        note = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "num_steps": request.num_steps,
+            "guidance_scale": request.guidance_scale,
+            "height": height,
+            "width": width,
+            "seed": request.seed,
+            "weights": self.weights,
+        }
+        return json.dumps(note, sort_keys=True)
+
+    def latents(self, request: SampleRequest) -> tuple[int, int]:
+        """A picture's height and width in latents."""
+        return request.height // self.downscale, request.width // self.downscale
+
+
 def _batches(
-    config: SampleConfig, wishes: list[Wish], weights: str, output: Folder
+    batch_size: int, requests: list[SampleRequest], notes: PictureNotes, output: Folder
 ) -> Iterator[Batch]:
     """The batches of which something is missing."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for place, wish in enumerate(wishes):
-        alike.setdefault(wish.alike(), []).append(place)
+    alike: dict[SampleRequest, list[int]] = {}
+    for index, request in enumerate(requests):
+        alike.setdefault(dataclasses.replace(request, prompt="", seed=0), []).append(index)
     there = output.list()
-    for places in alike.values():
-        for start in range(0, len(places), config.batch_size):
-            part = places[start : start + config.batch_size]
-            missing = [
-                place
-                for place in part
-                if _name(place) not in there
-                or _settings_in(output.read(_name(place))) != _settings(wishes[place], weights)
-            ]
-            if missing:
-                yield Batch(part, [wishes[place] for place in part], missing)
+
+    def is_missing(index: int) -> bool:
+        name = _file_name(index)
+        return name not in there or _note_in(output.read(name)) != notes.of(requests[index])
+
+    for indices in alike.values():
+        for start in range(0, len(indices), batch_size):
+            part = indices[start : start + batch_size]
+            if missing := [index for index in part if is_missing(index)]:
+                yield Batch(part, [requests[index] for index in part], missing)
 
 
 def _draw(
-    config: SampleConfig, zoo: ZooConfig, weights: str, batches: list[Batch]
+    config: SampleConfig, zoo: ZooConfig, notes: PictureNotes, batches: list[Batch], total: int
+) -> None:
+    """Draw the batches on Ray and say how far it is; ``total`` counts what is there, too."""
+    left = sum(len(batch.missing) for batch in batches)
+    done, started = total - left, time.monotonic()
+    for count in _drawn(config, zoo, notes, batches):
+        done += count
+        rate = (done - total + left) / max(time.monotonic() - started, 1e-9)
+        logger.info(
+            f"sample: {done}/{total} pictures  {rate:.2f} pictures/s  "
+            f"{(total - done) / rate:.0f} s left"
+        )
+
+
+def _drawn(
+    config: SampleConfig, zoo: ZooConfig, notes: PictureNotes, batches: list[Batch]
 ) -> Iterator[int]:
-    """Draw them on Ray; how many pictures each was, as they are done."""
+    """How many pictures each batch was, as they are done."""
     if not batches:
         return
     ensure_ray()
@@ -141,8 +167,8 @@ def _draw(
     quiet_data()
     rows = [{"batch": json.dumps(to_dict(batch))} for batch in batches]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Drawer,
-        fn_constructor_args=[to_dict(config), to_dict(zoo), weights],
+        SampleActor,
+        fn_constructor_args=[to_dict(config), to_dict(zoo), to_dict(notes)],
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(rows))),
         num_cpus=config.cpus_per_actor,
@@ -152,12 +178,13 @@ def _draw(
         yield value_of(answered)
 
 
-class _Drawer:
+class SampleActor:
     """An actor that holds the student and the frozen models, which the first batch loads."""
 
-    def __init__(self, config: dict[str, Any], zoo: dict[str, Any], weights: str):
+    def __init__(self, config: dict[str, Any], zoo: dict[str, Any], notes: dict[str, Any]):
         self._config = from_dict(SampleConfig, config, "the sample config")
-        self._zoo, self._weights = from_dict(ZooConfig, zoo, "the zoo config"), weights
+        self._zoo = from_dict(ZooConfig, zoo, "the zoo config")
+        self._notes = from_dict(PictureNotes, notes, "the pictures' notes")
         self._sampler: Sampler | None = None
         self._output = open_folder(str(self._config.output_dir))
 
@@ -167,43 +194,59 @@ class _Drawer:
     def _draw(self, packed: str) -> int:
         batch = from_dict(Batch, json.loads(packed), "a batch")
         if self._sampler is None:
-            model = load_student(str(self._config.checkpoint), "cpu", torch.float32)
-            device = resolve_device(self._zoo.device)
-            zoo = self._zoo.build(model.config)
-            self._sampler = Sampler(zoo, model, device=device, dtype=self._zoo.dtype)
-        first = batch.wishes[0]
+            self._sampler = self._load_sampler()
+        first = batch.requests[0]
+        height, width = self._notes.latents(first)
         images = self._sampler.generate(
-            [wish.prompt for wish in batch.wishes],
+            [request.prompt for request in batch.requests],
             num_steps=first.num_steps,
             guidance_scale=first.guidance_scale,
-            height=first.height,
-            width=first.width,
-            seed=[wish.seed for wish in batch.wishes],
+            height=height,
+            width=width,
+            seed=[request.seed for request in batch.requests],
             negative_prompt=first.negative_prompt,
+            solver=first.solver,
         )
-        for place, wish, image in zip(batch.places, batch.wishes, images, strict=True):
-            if place in batch.missing:
-                note = PngInfo()
-                note.add_text("tinyflux", _settings(wish, self._weights))
-                self._output.write(_name(place), png_bytes(image, note))
+        for index, request, image in zip(batch.indices, batch.requests, images, strict=True):
+            if index in batch.missing:
+                info = PngInfo()
+                info.add_text("tinyflux", self._notes.of(request))
+                self._output.write(_file_name(index), png_bytes(image, info))
         return len(batch.missing)
 
-
-def _name(place: int) -> str:
-    return f"{place:05d}.png"
-
-
-def _settings(wish: Wish, weights: str) -> str:
-    """What a picture depends on, kept in its file."""
-    return json.dumps({**dataclasses.asdict(wish), "weights": weights}, sort_keys=True)
+    def _load_sampler(self) -> Sampler:
+        model = load_student(str(self._config.checkpoint), "cpu", torch.float32)
+        zoo = self._zoo.build(model.config)
+        device = resolve_device(self._zoo.device)
+        return Sampler(zoo, model, device=device, dtype=self._zoo.dtype)
 
 
-def _told(cut: CutTokens) -> dict[str, dict[str, int]]:
-    """How many tokens of a prompt CLIP and T5 did not read, if any."""
-    return {"prompt_truncated": cut._asdict()} if any(cut) else {}
+def _write_metadata(
+    output: Folder, requests: list[SampleRequest], cuts: list[CutTokens], notes: PictureNotes
+) -> None:
+    """A line for each picture: its note, and what the text encoders did not read of its prompt."""
+    lines = []
+    for index, (request, cut) in enumerate(zip(requests, cuts, strict=True)):
+        line = {"file_name": _file_name(index), **json.loads(notes.of(request))}
+        if any(cut):
+            line["prompt_truncated"] = cut._asdict()
+        lines.append(json.dumps(line) + "\n")
+    output.write("metadata.jsonl", "".join(lines).encode())
 
 
-def _settings_in(png: bytes) -> str | None:
+def _write_grid(output: Folder, requests: list[SampleRequest]) -> None:
+    """The first pictures as one, if they have one size."""
+    first = requests[:GRID]
+    if len({(request.height, request.width) for request in first}) == 1:
+        pictures = [read_picture(output.read(_file_name(index))) for index in range(len(first))]
+        output.write("grid.png", png_bytes(image_grid(torch.stack(pictures))))
+
+
+def _file_name(index: int) -> str:
+    return f"{index:05d}.png"
+
+
+def _note_in(png: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(png)) as image:
             return image.info.get("tinyflux")
@@ -212,6 +255,7 @@ def _settings_in(png: bytes) -> str | None:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
+    """What tells a student's weights from others."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode())

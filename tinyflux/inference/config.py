@@ -7,6 +7,7 @@ from tinyflux.errors import InputError
 from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import check_request
 from tinyflux.inference.solvers import check_solver
+from tinyflux.util.picture_size import check_side
 
 
 class PixelLimits(NamedTuple):
@@ -23,8 +24,8 @@ class EngineConfig:
 
     Attributes:
         max_steps: The most denoising steps of a request.
-        max_height: The largest height of a request, in latents.
-        max_width: The largest width of a request, in latents.
+        max_height: The largest height of a request, in pixels.
+        max_width: The largest width of a request, in pixels.
         max_prompt_chars: The longest prompt, in characters.
         max_batch: Pictures of one forward; one with guidance takes two of its rows.
         max_queue: Requests that may wait beside ``max_batch`` that are drawn.
@@ -32,8 +33,8 @@ class EngineConfig:
     """
 
     max_steps: int = 100
-    max_height: int = 128
-    max_width: int = 128
+    max_height: int = 1024
+    max_width: int = 1024
     max_prompt_chars: int = 1000
     max_batch: int = 8
     max_queue: int = 64
@@ -51,14 +52,8 @@ class EngineConfig:
                 f"num_steps must be from 1 to {self.max_steps}, not {request.num_steps}"
             )
         step = limits.step
-        for name, value, most in (
-            ("height", request.height, limits.max_height),
-            ("width", request.width, limits.max_width),
-        ):
-            if value % step or not step <= value <= most:
-                raise InputError(
-                    f"{name} must be a multiple of {step} from {step} to {most} pixels, not {value}"
-                )
+        check_side("height", request.height, step, limits.max_height)
+        check_side("width", request.width, step, limits.max_width)
         if request.preview_every < 0:
             raise InputError(f"preview_every must be 0 or more, not {request.preview_every}")
         check_solver(request.solver)

@@ -106,8 +106,7 @@ class ImageEngine:
 
     def pixel_limits(self) -> PixelLimits:
         """The sizes that can be asked for."""
-        step = self._zoo.downscale
-        return PixelLimits(step, self.config.max_height * step, self.config.max_width * step)
+        return PixelLimits(self._zoo.downscale, self.config.max_height, self.config.max_width)
 
     def check(self, request: SampleRequest) -> None:
         """Refuse what is out of bounds with an :class:`InputError` of one sentence."""

@@ -32,6 +32,11 @@ DECODE_BATCH = 8  # pictures in the VAE at once, which takes far more memory tha
 class Encoders(Protocol):
     """What the sampler needs of a ModelZoo."""
 
+    @property
+    def downscale(self) -> int:
+        """Pixels of a latent's side."""
+        ...
+
     def encode_prompts_batched(self, prompts: list[str], *args: Any, **kwargs: Any) -> Any: ...
 
     def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor: ...

@@ -3,9 +3,11 @@
 import math
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from tinyflux.errors import ConfigError
-from tinyflux.util.limits import MAX_SIDE, MAX_STEPS
+from tinyflux.errors import ConfigError, InputError
+from tinyflux.util.limits import MAX_STEPS
+from tinyflux.util.picture_size import FormerSides, PictureSize, check_side, parse_size
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
@@ -16,8 +18,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "default_steps": (1, MAX_STEPS),
     "default_guidance": (0, 100),
     "max_steps": (1, MAX_STEPS),
-    "max_height": (1, MAX_SIDE),
-    "max_width": (1, MAX_SIDE),
     "max_prompt_chars": (1, math.inf),
     "max_n": (1, math.inf),
     "max_body_bytes": (1, math.inf),
@@ -26,6 +26,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "prompt_cache": (0, math.inf),
     "keep_pictures": (1, math.inf),
 }
+_MAX_SIDE = 1024  # pixels of either side, where nothing is said
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -51,8 +52,11 @@ class ServeConfig:
         default_steps: Denoising steps of a request that names none.
         default_guidance: Guidance scale of a request that names none.
         max_steps: The most denoising steps of a request.
-        max_height: The largest height of a request, in latents.
-        max_width: The largest width of a request, in latents.
+        max_size: The largest width and height of a request in pixels: 1024, or such as 1024x768
+            for a width and a height; None: 1024.
+        max_height: The largest height in latents, the former way to say ``max_size``; it goes with
+            the next release.
+        max_width: The largest width in latents, as ``max_height``.
         max_prompt_chars: The longest prompt, in characters.
         max_n: The most pictures of one request.
         max_body_bytes: The largest body of a request.
@@ -71,6 +75,8 @@ class ServeConfig:
             server with keys and one with ``allow_public`` answer to every name.
     """
 
+    former_sides: ClassVar = FormerSides("serve", "max_size", "max_height", "max_width")
+
     host: str = "127.0.0.1"
     port: int = 8000
     checkpoint: str | None = None
@@ -87,8 +93,9 @@ class ServeConfig:
     default_steps: int = 28
     default_guidance: float = 5.0
     max_steps: int = 100
-    max_height: int = 128
-    max_width: int = 128
+    max_size: int | str | None = None
+    max_height: int | None = None
+    max_width: int | None = None
     max_prompt_chars: int = 1000
     max_n: int = 4
     max_body_bytes: int = 65536
@@ -115,6 +122,7 @@ class ServeConfig:
             if not least <= value <= most:  # nan is not, either
                 bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
                 raise ConfigError(f"serve.{name} must be {bounds}, not {value}")
+        self.former_sides.check(self)
         for name in ("timeout_s", "receive_seconds", "keep_seconds"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -126,10 +134,20 @@ class ServeConfig:
                     "draw.example.org or *.example.org, without a port"
                 )
 
-    def check_defaults(self) -> None:
+    def largest_picture(self, downscale: int) -> PictureSize:
+        """The largest sides of a request, with a VAE that makes ``downscale`` pixels of a latent's.
+
+        Raises:
+            ConfigError: latents cannot fill them.
+        """
+        return self.former_sides.in_pixels(self, downscale, default=_MAX_SIDE, former_default=128)
+
+    def check_defaults(self, downscale: int | None = None) -> None:
         """Refuse defaults that the limits forbid: a request that says nothing would fail.
 
-        The size is checked where the VAE is known: :meth:`ImageEngine.check_defaults`.
+        Args:
+            downscale: pixels of a latent's side, where the VAE is known. Without it sizes are
+                compared as far as they are in pixels.
 
         Raises:
             ConfigError: it names both.
@@ -139,3 +157,16 @@ class ServeConfig:
                 f"serve.default_steps {self.default_steps} is over serve.max_steps "
                 f"{self.max_steps}: lower the one or raise the other"
             )
+        in_latents = self.max_height is not None or self.max_width is not None
+        largest = self.max_size or _MAX_SIDE
+        if not in_latents and self.default_size > min(parse_size(largest)):
+            raise ConfigError(
+                f"serve.default_size {self.default_size} is over serve.max_size {largest}: lower "
+                "the one or raise the other"
+            )
+        if downscale is not None:
+            most = min(self.largest_picture(downscale))
+            try:
+                check_side("serve.default_size", self.default_size, downscale, most)
+            except InputError as error:
+                raise ConfigError(str(error)) from error

@@ -1,12 +1,9 @@
 """An engine as a server's settings ask for it."""
 
-from dataclasses import fields
-
 from tinyflux.distributed.weights import load_student
-from tinyflux.errors import ConfigError, InputError
+from tinyflux.errors import InputError
 from tinyflux.inference.config import EngineConfig
 from tinyflux.inference.engine import ImageEngine
-from tinyflux.inference.request import SampleRequest
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.config import ServeConfig
 from tinyflux.util.device import resolve_device
@@ -30,23 +27,15 @@ def open_engine(config: ServeConfig, zoo: ZooConfig) -> ImageEngine:
     models.load_vae()
     models.load_t5()
     models.load_clip()
-    limits = {item.name: getattr(config, item.name) for item in fields(EngineConfig)}
-    engine = ImageEngine(model, models, EngineConfig(**limits))
-    try:
-        _check_defaults(config, engine)
-    except ConfigError:
-        engine.close(drain=False)
-        raise
-    return engine
-
-
-def _check_defaults(config: ServeConfig, engine: ImageEngine) -> None:
-    """Refuse a config whose defaults are outside of its limits, sizes included."""
-    size, steps, guidance = config.default_size, config.default_steps, config.default_guidance
-    try:
-        engine.check(SampleRequest("a prompt", "", steps, guidance, size, size, 0))
-    except InputError as error:
-        raise ConfigError(
-            f"a request that says nothing would be refused ({error}): set serve.default_size, "
-            "serve.default_steps and serve.default_guidance within the server's limits"
-        ) from error
+    config.check_defaults(models.downscale)
+    largest = config.largest_picture(models.downscale)
+    limits = EngineConfig(
+        max_steps=config.max_steps,
+        max_height=largest.height,
+        max_width=largest.width,
+        max_prompt_chars=config.max_prompt_chars,
+        max_batch=config.max_batch,
+        max_queue=config.max_queue,
+        prompt_cache=config.prompt_cache,
+    )
+    return ImageEngine(model, models, limits)

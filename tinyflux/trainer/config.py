@@ -1,6 +1,7 @@
 """What a training run can be told."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -9,6 +10,7 @@ from tinyflux.trainer.losses import LUNE_MODES, SNR_KINDS
 from tinyflux.trainer.schedules import constant_with_warmup, cosine_schedule, linear_decay
 from tinyflux.trainer.trackers import PACKAGES
 from tinyflux.util.config import nearest
+from tinyflux.util.picture_size import FormerSides
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
 LR_SCHEDULERS = ("cosine", "linear", "constant")
@@ -28,9 +30,7 @@ _COUNTS = (
     "gradient_accumulation", "total_steps", "log_every", "batch_size", "keep_last_n_steps",
     "keep_last_n_epochs",
 )  # fmt: skip
-_OPTIONAL_COUNTS = (
-    "sample_steps", "max_nonfinite_steps", "sample_height", "sample_width", "shift_tokens",
-)  # fmt: skip
+_OPTIONAL_COUNTS = ("sample_steps", "max_nonfinite_steps", "shift_tokens")
 _PERIODS = (
     "save_every_steps", "save_every_epochs", "sample_every", "validate_every",
     "upload_every_steps", "upload_every_epochs",
@@ -105,9 +105,11 @@ class TrainerConfig:
         sample_steps: Denoising steps of sample grids.
         sample_guidance: Guidance scale of sample grids.
         sample_seed: Seed of sample grids.
-        sample_height: Height of sample grids' pictures, in latents; None: that of the training
-            data.
-        sample_width: Width of sample grids' pictures, in latents; None: that of the training data.
+        sample_size: Size of sample grids' pictures in pixels, such as 512 or 640x480 (width and
+            height); None: that of the training data.
+        sample_height: Their height in latents, the former way to say ``sample_size``; it goes with
+            the next release.
+        sample_width: Their width in latents, as ``sample_height``.
         trackers: Who is told the numbers: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``.
         tracker_project: The project's name there.
         ema_warmup: Let the EMA's decay rise to ``ema_decay``.
@@ -123,6 +125,8 @@ class TrainerConfig:
     Raises:
         ConfigError: a value that cannot work.
     """
+
+    former_sides: ClassVar = FormerSides("trainer", "sample_size", "sample_height", "sample_width")
 
     # Optimization
     learning_rate: float = 1e-4
@@ -206,6 +210,7 @@ class TrainerConfig:
     sample_steps: int = 28
     sample_guidance: float = 5.0
     sample_seed: int = 0
+    sample_size: int | str | None = None
     sample_height: int | None = None
     sample_width: int | None = None
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -222,6 +227,7 @@ class TrainerConfig:
         self._check_choices()
         self._check_counts()
         self._check_numbers()
+        self.former_sides.check(self)
         if self.hf_repo_id is None and (self.upload_every_steps or self.upload_every_epochs):
             raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
 

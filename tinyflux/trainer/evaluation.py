@@ -18,6 +18,7 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import autocast
 from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
 from tinyflux.trainer.step import Velocity
+from tinyflux.util.picture_size import fitting_size
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import randn_for
 
@@ -91,6 +92,8 @@ class Evaluator:
         self._device = next(model.parameters()).device
         self._t_buckets = t_buckets.to(self._device)
         self._held_out, self._sampler = held_out, sampler
+        # A size that cannot be drawn is told now, and not when the first pictures are due.
+        self._sides = _sample_sides(config, sampler)
 
     def look(self, request: EvaluationRequest) -> Evaluation:
         """Neither the weights nor any random state are changed."""
@@ -110,11 +113,20 @@ class Evaluator:
             config.sample_prompts,
             num_steps=config.sample_steps,
             guidance_scale=config.sample_guidance,
-            height=config.sample_height or grid[0],
-            width=config.sample_width or grid[1],
+            height=self._sides[0] or grid[0],
+            width=self._sides[1] or grid[1],
             seed=config.sample_seed,
             negative_prompt="",
         )
+
+
+def _sample_sides(config: TrainerConfig, sampler: Sampler | None) -> tuple[int | None, int | None]:
+    """Height and width of sample grids' pictures in latents; None is that of the training data."""
+    if sampler is None or not config.sample_prompts or config.sample_size is None:
+        return config.sample_height, config.sample_width
+    step = sampler.zoo.downscale
+    width, height = fitting_size(config.sample_size, "trainer.sample_size", step)
+    return height // step, width // step
 
 
 class InlineEvaluator:

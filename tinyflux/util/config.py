@@ -73,7 +73,13 @@ def _cast(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _cast(value, next(arg for arg in args if arg is not type(None)), where)
+        kinds = [arg for arg in args if arg is not type(None)]
+        if len(kinds) == 1:
+            return _cast(value, kinds[0], where)
+        if type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(f"{where} must be {names}, not {value!r:.60}")
+        return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
     if hint is torch.dtype:
