@@ -135,8 +135,9 @@ class _Actor:
             self.load()
         evaluator = self._evaluator
         assert evaluator is not None
-        evaluator.model.load_state_dict({n: torch.as_tensor(a) for n, a in weights.items()})
-        averaged = {name: torch.as_tensor(array) for name, array in shadow.items()}
+        # Copies: what Ray hands over cannot be written.
+        evaluator.model.load_state_dict({n: torch.tensor(a) for n, a in weights.items()})
+        averaged = {name: torch.tensor(array) for name, array in shadow.items()}
         evaluator.ema.load_state_dict({"decay": evaluator.ema.decay, "shadow": averaged})
         evaluation = evaluator.look(request)
         images = None if evaluation.images is None else evaluation.images.cpu()

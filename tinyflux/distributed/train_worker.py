@@ -1,5 +1,6 @@
 """One worker of a training on Ray."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.evaluation import Evaluations, Evaluator
 from tinyflux.trainer.trackers import Tracker
 from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.logging import log_to_console
+from tinyflux.util.logging import LIBRARY
 
 
 class RayTraining(Training):
@@ -66,7 +67,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: a :class:`TrainingJob` as plain data.
     """
-    log_to_console()
+    # Ray Train shows what a worker logs; a handler of ours would write each line again.
+    logging.getLogger(LIBRARY).setLevel(logging.INFO)
     job = from_dict(TrainingJob, settings, "the training job")
     if job.folder.size(job.error_file) is not None:
         return  # restarted after a failure that no restart mends; train() raises it

@@ -41,7 +41,7 @@ def open_pretrained(
     if issubclass(cls, PreTrainedModel | ModelMixin):
         options["use_safetensors"] = True  # a pickle can run anything as it is opened
     try:
-        return cls.fromopen_pretrained(repo, **options)
+        return cls.from_pretrained(repo, **options)
     except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
         kind = "directory" if local else "hub repository (is the network reachable?)"
         raise HubError(
