@@ -156,7 +156,8 @@ def run(config, place, environment):
 
 
 def pictures(config):
-    return {path.name: path.read_bytes() for path in Path(config.output_dir).glob("*")}
+    """By their names; a process that was killed may leave a temporary file beside them."""
+    return {path.name: path.read_bytes() for path in Path(config.output_dir).glob("[!.]*")}
 
 
 @pytest.mark.slow
