@@ -1,14 +1,11 @@
 """One training at a time in a run's directory."""
 
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tinyflux.errors import TrainingError
+from tinyflux.util.locks import LockHeld, held_at_once
 from tinyflux.util.text import first_line
 from tinyflux.util.urls import is_url
 
@@ -28,20 +25,14 @@ def claimed(run_dir: str) -> Iterator[None]:
         yield
         return
     path = Path(run_dir) / LOCK
-    holder = path.with_suffix(".holder")
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        name = holder.read_text() if holder.exists() else "another process"
-        raise TrainingError(
-            f"{run_dir} is being trained by {name}: wait for it, end it, or use another run_dir"
-        ) from None
-    except OSError as error:
-        raise TrainingError(f"{run_dir} cannot be written: {first_line(error)}") from error
-    try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held_at_once(path))
+        except LockHeld as held:
+            raise TrainingError(
+                f"{run_dir} is being trained by {held}: wait for it, end it, or use another run_dir"
+            ) from None
+        except OSError as error:
+            raise TrainingError(f"{run_dir} cannot be written: {first_line(error)}") from error
         yield
-    finally:
-        lock.release()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.util.limits import MAX_SIDE
 
-_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+SIDES = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
 class PictureSize(NamedTuple):
@@ -32,7 +32,7 @@ def parse_size(value: object, name: str = "size") -> PictureSize:
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return PictureSize(value, value)
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+    if isinstance(value, str) and (match := SIDES.fullmatch(value)):
         return PictureSize(int(match[1]), int(match[2]))
     raise InputError(
         f"{name} must be pixels, as a whole number such as 512 or as WIDTHxHEIGHT such as "

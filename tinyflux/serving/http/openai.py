@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import random
-import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,8 +24,7 @@ from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
 from tinyflux.serving.http.schemas import Count, Guidance, Partial, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
-
-_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+from tinyflux.util.picture_size import SIDES
 
 
 class ImagesBody(BaseModel):
@@ -46,7 +44,7 @@ class ImagesBody(BaseModel):
         default=None,
         description="WIDTHxHEIGHT in pixels, as GET /info allows, or auto",
         # Only told here: another text is answered as a size that cannot be drawn is.
-        json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
+        json_schema_extra={"pattern": f"^(auto|{SIDES.pattern})$"},
     )
     response_format: Literal["b64_json", "url"] | None = None
     stream: StrictBool | None = None
@@ -174,7 +172,7 @@ def _size(size: str | None, default: int) -> tuple[int, int]:
     """Width and height in pixels; a size that cannot be drawn is the engine's to refuse."""
     if size in (None, "auto"):
         return default, default
-    match = _SIZE.fullmatch(size)
+    match = SIDES.fullmatch(size)
     if match is None:
         raise ApiError(400, f"size must be 'auto' or such as '512x512', not '{size:.40}'", "size")
     return int(match[1]), int(match[2])
