@@ -15,8 +15,8 @@ noise when the student is given Sol's own features, another drawing's map, an ev
 drawing's statistics, or nothing (its predictions, as in use).
 
 Intervals are 95%, by resampling the held-out drawings (each drawing's mean over seeds). Everything
-is of the EMA weights. Drawings and cache are those of ``benchmarks/distillation.py``, whose
-``--work`` may be shared; what was trained is kept there, too. Prints JSON; ``--output`` writes it.
+is of the EMA weights. Settings are the demo's; ``--set trainer.x=y`` changes any. What was drawn,
+encoded and trained is kept in ``--work`` and used again. Prints JSON; ``--output`` writes it.
 """
 
 import argparse
@@ -34,17 +34,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distillation import arm_config, prepare, run_config, train_student
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import T5Tokenizer
 
+from tinyflux.cache.build import build
+from tinyflux.cache.config import MixSource
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.schema import GROUPS
-from tinyflux.config import RunConfig
+from tinyflux.config import RunConfig, load_run_config
 from tinyflux.data.batches import HeldOut
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.reader import read_held_out
+from tinyflux.distributed.training import Training
+from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.model.experts import SolUnits
+from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
+from tinyflux.toy.openmoji import Emoji, write_picture_folder
+from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.evaluation import TIMES
 from tinyflux.trainer.step import teacher_features
 from tinyflux.util.config import to_dict
@@ -52,6 +62,7 @@ from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 from tinyflux.util.seeding import generator, randn_for
 
+DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # By arm: whether Sol's features are standardised, and whether captions are the drawings' own.
 ARMS = {
     "standardised": (True, True),
@@ -93,6 +104,54 @@ class OtherCaptions(CacheMixture):
         rows = super().read(indices, as_stored, groups)
         others = self._row_of[list(indices)].tolist()
         return {**rows, **super().read(others, as_stored, set(groups) & {"text"})}
+
+
+class OtherCaptionsJob(TrainingJob):
+    """A training that reads :class:`OtherCaptions`."""
+
+    def open_data(self, check_files: bool) -> CacheMixture:
+        data = OtherCaptions(self.data, check_files)
+        return data.deal(data.held_out(self.trainer.val_fraction))
+
+
+def run_config(arguments: argparse.Namespace) -> RunConfig:
+    """The demo's run with this benchmark's places and sizes; ``--set`` has the last word."""
+    world, work = str(SHIPPED), arguments.work
+    settings: dict[str, Any] = {
+        "run_dir": work / "runs",
+        "data.folder": work / "pictures",
+        "zoo.vae_repo": world,
+        "zoo.t5_repo": f"{world}/t5",
+        "zoo.clip_repo": f"{world}/clip",
+        "zoo.experts_repo": world,
+        "zoo.sd_repo": world,
+        "cache.path": work / "cache",
+        "cache.rows_per_shard": 256,
+        "trainer.enable_lune": "false",
+        "trainer.total_steps": arguments.steps,
+        "trainer.batch_size": arguments.batch_size,
+        "trainer.validate_every": arguments.steps,
+        "trainer.val_fraction": arguments.held_out,
+        "trainer.save_every_steps": "null",
+        "trainer.sample_every": "null",
+        "trainer.log_every": 50,
+    }
+    overrides = [f"--{name}={value}" for name, value in settings.items()]
+    return load_run_config(DEMO, [*overrides, *(f"--{setting}" for setting in arguments.set)])
+
+
+def prepare(run: RunConfig) -> CacheMixture:
+    """Draw the pictures and encode them, where that is not done yet."""
+    tokenizer = T5Tokenizer.from_pretrained(run.zoo.t5_repo)
+
+    def fits(emoji: Emoji) -> bool:
+        return len(tokenizer(emoji.caption).input_ids) <= run.model.max_text_length
+
+    for _ in write_picture_folder(Path(run.data.folder), run.data.width, fits):
+        pass
+    configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+    build(configs, LocalRunner(configs))
+    return CacheMixture([MixSource(run.cache.path)])
 
 
 @torch.no_grad()
@@ -229,15 +288,20 @@ def train_arm(
 ) -> dict[str, Tensor]:
     """An arm's figures; those of a run that was done before are read."""
     standardise, own = ARMS[arm]
-    model_config = replace(run.model, sol_standardize=standardise)
-    config = arm_config(run.trainer, "sol", seed)
-    said = json.dumps([arm, to_dict(model_config), to_dict(config)], sort_keys=True)
+    run = replace(
+        run,
+        model=replace(run.model, sol_standardize=standardise),
+        trainer=replace(run.trainer, seed=seed),
+    )
+    said = json.dumps([arm, to_dict(run.model), to_dict(run.trainer)], sort_keys=True)
     folder = work / "runs" / hashlib.sha256(said.encode()).hexdigest()[:16]
     kept = folder / "figures.safetensors"
     if not kept.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        source = data if own else OtherCaptions(data.sources).deal(constants.held_out)
-        _, model, held_out = train_student(folder, source, model_config, config)
+        job = (TrainingJob if own else OtherCaptionsJob).of(replace(run, run_dir=str(folder)))
+        Training(job, torch.device("cpu")).run()
+        model = load_model(job.final, device="cpu", dtype=torch.float32)
+        held_out = read_held_out(data, constants.held_out)
         atomic_write(kept, save(look(model.eval(), held_out, constants)))
     return load_file(kept)
 
@@ -246,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--work", type=Path, default=Path("runs/sol_predictor"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
@@ -257,12 +321,11 @@ def main() -> None:
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    arguments.validate_every = arguments.steps
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
     arms: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in arguments.arms}
     with redirect_stdout(sys.stderr):
-        run = run_config(arguments.work, arguments)
+        run = run_config(arguments)
         data = prepare(run)
         held_out_rows = data.held_out(run.trainer.val_fraction)
         constants = Constants(

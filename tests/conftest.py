@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # Before torch is imported: two cores run many small tensors faster with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.fixtures.browser import running_browser
 from tests.fixtures.ray_head import Cluster, running_cluster
 from tinyflux.util.logging import log_to_console
 
@@ -19,6 +21,9 @@ hypothesis.settings.register_profile(
     "tinyflux", deadline=None, derandomize=True, max_examples=30, database=None
 )
 hypothesis.settings.load_profile("tinyflux")
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # As in every process of the command line: `capsys` sees the library's lines.
 log_to_console()
@@ -48,3 +53,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """
     with running_cluster(tmp_path_factory.mktemp("ray") / "head.log") as cluster:
         yield cluster
+
+
+# Of a module, no longer: while it is open this thread has a running event loop.
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """The system's Chromium, where there is one."""
+    with running_browser() as browser:
+        yield browser

@@ -14,6 +14,7 @@
     stages.json        which stages of `tinyflux run` are done
     served.json        what the demo's server answered, with the picture in served.png
     report.html
+    hardware.json      where a trial of `tinyflux compare` was trained
 """
 
 CONFIG = "config.yaml"
@@ -35,6 +36,7 @@ STAGES = "stages.json"
 SERVED = "served.json"
 SERVED_PICTURE = "served.png"
 REPORT = "report.html"
+HARDWARE = "hardware.json"
 
 # They say that what lies beside them is whole, so they come last and go first.
 MARKS = (CHECKPOINT_STATE, FINAL_STATE)

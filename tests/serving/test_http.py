@@ -4,11 +4,9 @@ Slow: a Ray, and a server of five processes that import torch, for all tests of 
 """
 
 import base64
-import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -497,23 +495,6 @@ def test_prompts_and_keys_are_not_logged(server):
         text = path.read_text(errors="replace")
         assert "heliotrope" not in text, path
         assert KEY not in text, path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """The system's Chromium; no browser is downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"there is no browser on this machine: none of {', '.join(names)}")
-    switches = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update",
-                "--disable-sync"]  # fmt: skip
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=path, args=switches)
-        with contextlib.closing(browser):
-            yield browser
 
 
 def test_the_page_draws_in_a_real_browser(server, browser, tmp_path):

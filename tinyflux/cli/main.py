@@ -128,6 +128,21 @@ def _run(arguments: Sequence[str]) -> None:
     print(run_file([file, *rest]))
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    what = "Train arms of a run over seeds, and say with error bars how they differ."
+    usage = "tinyflux compare FILE"
+    file, rest = _first(usage, arguments, "which comparison", what)
+    from pathlib import Path
+
+    from tinyflux.compare.config import load_compare_config
+
+    config = load_compare_config(file, rest)
+    from tinyflux.compare.run import run_comparison
+
+    exit_on_sigterm()
+    print(run_comparison(Path(file).stem, config))
+
+
 def _demo(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tinyflux demo")
     parser.add_argument("--fresh", action="store_true", help="start over")
@@ -174,6 +189,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("measure a finished run against an untrained student", _evaluate),
     "report": ("write a finished run's report as one page", _report),
     "run": ("cache, train, evaluate and report, as one file says", _run),
+    "compare": ("compare arms of a run over seeds, with error bars", _compare),
     "sample": ("draw pictures for prompts", _sample),
     "serve": ("answer prompts over HTTP", _serve),
     "export": ("write a student as a diffusers pipeline that needs no TinyFlux", _export),

@@ -7,6 +7,7 @@ from tinyflux.data.reader import StepReader
 from tinyflux.distributed.data import measure_sol
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError
+from tinyflux.model.initialization import draw_by_name
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import Checkpoint, TrainerState
 from tinyflux.trainer.checkpoint_search import FoundCheckpoint, load_newest
@@ -23,7 +24,10 @@ def find_checkpoint(job: TrainingJob) -> FoundCheckpoint | None:
 def first_weights(job: TrainingJob, device: torch.device) -> TinyFluxDeep:
     """A student as every run of this seed begins with it, the same in every process."""
     torch.manual_seed(job.trainer.seed)
-    return TinyFluxDeep(job.model).to(device)
+    model = TinyFluxDeep(job.model)
+    if job.trainer.init_by_name:
+        draw_by_name(model, job.trainer.seed)
+    return model.to(device)
 
 
 def prepare_student(

@@ -1,8 +1,10 @@
 """One training at a time in a run's directory."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from tinyflux.errors import TrainingError
 from tinyflux.util.locks import LockHeld, held_at_once
@@ -10,6 +12,14 @@ from tinyflux.util.text import first_line
 from tinyflux.util.urls import is_url
 
 LOCK = ".training.lock"
+
+
+def wait_until_free(run_dir: str, seconds: float) -> None:
+    """Wait so long at most for another training in the directory to end, as one that was killed."""
+    path = Path(run_dir) / LOCK
+    if path.exists():
+        with suppress(Timeout), FileLock(path).acquire(timeout=seconds):
+            pass
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Lines over training steps, drawn as SVG."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 from tinyflux.errors import MissingDependencyError
 
 # Steps and values of a line.
 Line = tuple[list[int], list[float]]
+# Lower and upper edges of a band around a line.
+Band = tuple[list[float], list[float]]
 
 
 def lines_of(records: list[dict[str, Any]], **keys: str) -> dict[str, Line]:
@@ -23,8 +26,11 @@ def lines_of(records: list[dict[str, Any]], **keys: str) -> dict[str, Line]:
     return lines
 
 
-def chart(lines: dict[str, Line], ylabel: str) -> str:
+def chart(lines: Mapping[str, Line], ylabel: str, bands: Mapping[str, Band] | None = None) -> str:
     """The lines in one figure, as an ``<svg>`` element.
+
+    Args:
+        bands: of lines by name, drawn behind them; a figure that has zero inside shows it.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -40,7 +46,13 @@ def chart(lines: dict[str, Line], ylabel: str) -> str:
 
     figure, axes = plt.subplots(figsize=(5.2, 3), layout="constrained")
     for name, (steps, values) in lines.items():
-        axes.plot(steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=name)
+        marker = "o" if len(steps) < 20 else ""
+        (drawn,) = axes.plot(steps, values, marker=marker, markersize=3, label=name)
+        if bands and name in bands:
+            axes.fill_between(steps, *bands[name], color=drawn.get_color(), alpha=0.15, lw=0)
+    low, high = axes.get_ylim()
+    if low < 0 < high:
+        axes.axhline(0, color="black", lw=0.8)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)

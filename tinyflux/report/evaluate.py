@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.images import png_bytes
 from tinyflux.util.logging import log_to_console
+from tinyflux.util.machine import describe_machine
 from tinyflux.util.urls import join
 
 PROMPTS = 64
@@ -91,7 +90,7 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     record = {
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
         "weights": hashlib.sha256((run_dir / FINAL / WEIGHTS_NAME).read_bytes()).hexdigest(),
-        "machine": f"{os.cpu_count()} cores ({_processor()}), Python {platform.python_version()}",
+        "machine": describe_machine(),
         "nearest": _draw(
             run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])]
         ),
@@ -182,13 +181,3 @@ def _sizes(data: CachedDataset, chosen: np.ndarray) -> dict[tuple[int, int], lis
         if here:
             found.setdefault(size, []).extend(here)
     return found
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

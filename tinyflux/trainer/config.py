@@ -121,6 +121,9 @@ class TrainerConfig:
         verify_checkpoints: Compare every byte of a checkpoint that is read with its SHA-256.
         max_nonfinite_steps: Consecutive steps with gradients that are not finite, which are
             skipped, that end the run.
+        init_by_name: Draw each layer's first weights by the seed and its name, so that students
+            that differ in some modules begin alike in all others; for runs from a cache. `tinyflux
+            compare` sets it.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -221,6 +224,7 @@ class TrainerConfig:
     async_checkpoints: bool = True
     verify_checkpoints: bool = True
     max_nonfinite_steps: int = 10
+    init_by_name: bool = False
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])

@@ -1,0 +1,1 @@
+"""Comparisons of runs with error bars: arms by seeds, paired by position."""
