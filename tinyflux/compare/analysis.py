@@ -5,10 +5,16 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, stats
 
 from tinyflux.compare.record import SHARES, Comparison, Curve, Difference, Reached
-from tinyflux.errors import InputError
+from tinyflux.errors import InputError, MissingDependencyError
+
+try:
+    from scipy import optimize, stats
+except ImportError as error:
+    raise MissingDependencyError(
+        "a comparison needs the package scipy: pip install 'tinyflux[report]'"
+    ) from error
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8  # "four of five"

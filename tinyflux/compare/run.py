@@ -11,6 +11,7 @@ from tinyflux.compare.page import write_page
 from tinyflux.compare.results import make_record, to_json
 from tinyflux.compare.trials import build_caches, run_trials
 from tinyflux.distributed.run_lock import claimed
+from tinyflux.report.charts import load_pyplot
 from tinyflux.util.files import atomic_write
 
 RECORD, PAGE = "comparison.json", "page.html"
@@ -27,6 +28,7 @@ def run_comparison(name: str, config: CompareConfig) -> Path:
     Raises:
         TinyFluxError: what a user can mend.
     """
+    load_pyplot()  # not after hours of training
     trials = make_trials(config)
     output = Path(config.output)
     stages: dict[str, float] = {}

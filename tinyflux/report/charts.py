@@ -26,11 +26,8 @@ def lines_of(records: list[dict[str, Any]], **keys: str) -> dict[str, Line]:
     return lines
 
 
-def chart(lines: Mapping[str, Line], ylabel: str, bands: Mapping[str, Band] | None = None) -> str:
-    """The lines in one figure, as an ``<svg>`` element.
-
-    Args:
-        bands: of lines by name, drawn behind them; a figure that has zero inside shows it.
+def load_pyplot() -> Any:
+    """Matplotlib's pyplot, drawing without a screen.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -44,6 +41,19 @@ def chart(lines: Mapping[str, Line], ylabel: str, bands: Mapping[str, Band] | No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def chart(lines: Mapping[str, Line], ylabel: str, bands: Mapping[str, Band] | None = None) -> str:
+    """The lines in one figure, as an ``<svg>`` element.
+
+    Args:
+        bands: of lines by name, drawn behind them; a figure that has zero inside shows it.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(5.2, 3), layout="constrained")
     for name, (steps, values) in lines.items():
         marker = "o" if len(steps) < 20 else ""
