@@ -220,7 +220,7 @@ def _typed(overrides: Sequence[str]) -> dict[str, Any]:
         name, equals, value = option[2:].partition("=")
         if not equals and not rest:
             raise ConfigError(f"--{name} has no value")
-        found |= _flat({name: yaml.safe_load(value if equals else rest.pop(0))}, "--")
+        found |= _flat({name: yaml.safe_load(value if equals else rest.pop(0))}, "the command line")
     return found
 
 
@@ -241,7 +241,7 @@ def as_typed(value: Any) -> str:
 
 def _trial_run(config: CompareConfig, arm: str, seed: int, run: RunConfig) -> RunConfig:
     """The arm's run with a seed and a directory of its own."""
-    place = trial_directory(config.output, arm, seed)
+    place = join(config.output, f"runs/{arm}/seed-{seed}")
     final = join(place, run_dir.FINAL)
     own_seed = seed + config.seed_offset.get(arm, 0)
     return replace(
@@ -249,13 +249,8 @@ def _trial_run(config: CompareConfig, arm: str, seed: int, run: RunConfig) -> Ru
         run_dir=place,
         trainer=replace(run.trainer, seed=own_seed),
         sample=replace(run.sample, checkpoint=final, output_dir=join(place, run_dir.DRAWN)),
-        serve=replace(run.serve, checkpoint=final),
+        serve=run.serve if run.serve.models else replace(run.serve, checkpoint=final),
     )
-
-
-def trial_directory(output: str, arm: str, seed: int) -> str:
-    """Where a trial's run is."""
-    return join(output, f"runs/{arm}/seed-{seed}")
 
 
 def _check_measured(config: CompareConfig, arm: str, run: RunConfig) -> None:

@@ -70,6 +70,8 @@ def run_trials(config: CompareConfig, trials: Sequence[Trial]) -> None:
         logger.info("%d of %d trials are finished", len(trials) - len(left), len(trials))
     if left:
         _tune(config, left)
+    for trial in trials:  # finished ones may have been trained for another metric
+        check_recorded(trial.run, [config.metric, *config.metrics])
 
 
 def check_same_run(trial: Trial) -> None:
