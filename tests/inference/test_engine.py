@@ -60,7 +60,7 @@ def opened(place, **changes):
         "max_batch": 3, "max_steps": 60, "max_size": 32, "default_size": 16,
         **changes,
     }  # fmt: skip
-    config = ServeConfig(checkpoint=str(place / "model"), **values)
+    config = ServeConfig(**{"checkpoint": str(place / "model"), **values})
     engine = open_engine(config, zoo_config(place / "world"))
     try:
         yield engine
@@ -180,6 +180,19 @@ def test_a_picture_does_not_depend_on_who_shares_its_batch(engine, alone, arriva
                 same(handle.result(TIMEOUT), alone(wanted))
         else:
             same(handle.result(TIMEOUT), alone(wanted))
+
+
+def test_a_student_of_patches_is_drawn_as_by_the_sampler(place, alone):
+    """All changes of the trunk at once; a token is 2 x 2 latents and a picture 8 pixels a token."""
+    trunk = {"patch_size": 2, "qk_norm": True, "gated_single_mlp": True, "mask_text_padding": True}
+    save_student(place / "patches", 2, **trunk, time_scale=1000.0)
+    with opened(place, checkpoint=str(place / "patches")) as engine:
+        asked = [request(), request(seed=4, guidance_scale=1.0, prompt="a yellow star on black")]
+        handles = [engine.submit(each) for each in asked]
+        for each, handle in zip(asked, handles, strict=True):
+            same(handle.result(TIMEOUT), alone(each, "patches"))
+        with pytest.raises(InputError, match="width must be a multiple of 8"):
+            engine.submit(request(width=20))
 
 
 def test_the_comparison_would_see_another_picture(alone):

@@ -19,6 +19,7 @@ from tinyflux.model.model import (
     TinyFluxDeep,
     preset,
 )
+from tinyflux.model.packing import pack_latents, token_grid, unpack_latents
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -290,3 +291,85 @@ def test_all_zero_text_is_not_nan():
     given = inputs(config)
     given["encoder_hidden_states"].zero_()
     assert randomised(config)(**given).isfinite().all()
+
+
+TRUNKS = {
+    "patch_size": {"patch_size": 2},
+    "qk_norm": {"qk_norm": True},
+    "gated_single_mlp": {"gated_single_mlp": True},
+    "mask_text_padding": {"mask_text_padding": True},
+    "time_scale": {"time_scale": 1000.0},
+}
+TRUNKS["all"] = {name: value for changes in TRUNKS.values() for name, value in changes.items()}
+
+
+def tokens_of(config: TinyFluxConfig, latents: torch.Tensor, text: torch.Tensor) -> dict:
+    patch = config.patch_size
+    grid = token_grid(*latents.shape[2:], patch)
+    return {
+        "hidden_states": pack_latents(latents, patch),
+        "encoder_hidden_states": text,
+        "pooled_projections": torch.ones(len(latents), config.pooled_projection_dim),
+        "timestep": torch.full((len(latents),), 0.3),
+        "img_ids": TinyFluxDeep.create_img_ids(len(latents), *grid),
+    }
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_each_change_of_the_trunk_changes_what_a_model_computes(name):
+    latents, text = torch.randn(2, 8, 4, 6), torch.randn(2, 5, 24)
+    text[:, 3:] = 0
+    torch.manual_seed(0)
+    plain = randomised(small())
+    torch.manual_seed(0)
+    changed = randomised(small(**TRUNKS[name]))
+    found = changed(**tokens_of(changed.config, latents, text))
+    assert found.shape == (2, 4 * 6 // changed.config.patch_size**2, changed.config.token_channels)
+    unpacked = unpack_latents(found, 4, 6, changed.config.patch_size)
+    before = unpack_latents(plain(**tokens_of(plain.config, latents, text)), 4, 6)
+    assert (unpacked - before).abs().max() > 1e-4
+    found.square().mean().backward()
+    # Only what no forward of this kind reads has no gradient.
+    assert [key for key, value in changed.named_parameters() if value.grad is None] == []
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_trunk_comes_back_from_its_config(name):
+    config = small(**TRUNKS[name])
+    assert TinyFluxConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_padding_that_attention_leaves_out_changes_nothing():
+    config = small(mask_text_padding=True)
+    model, latents, text = randomised(config), torch.randn(2, 8, 4, 4), torch.randn(2, 3, 24)
+    padded = torch.nn.functional.pad(text, (0, 0, 0, 9))
+    short = model(**tokens_of(config, latents, text))
+    assert relative_error(model(**tokens_of(config, latents, padded)), short) < 1e-5
+    plain = randomised(small())
+    plain.load_state_dict(model.state_dict())
+    short = plain(**tokens_of(config, latents, text))
+    assert relative_error(plain(**tokens_of(config, latents, padded)), short) > 1e-3
+
+
+def test_a_caption_of_nothing_but_padding_has_a_finite_velocity():
+    config = small(mask_text_padding=True)
+    given = tokens_of(config, torch.randn(2, 8, 4, 4), torch.zeros(2, 5, 24))
+    assert randomised(config)(**given).isfinite().all()
+
+
+def test_norms_of_queries_and_keys_bound_attention():
+    """Weights a hundred times larger change the directions of queries and keys not at all."""
+    torch.manual_seed(0)
+    model = randomised(small(qk_norm=True, num_single_layers=0))
+    given = tokens_of(model.config, torch.randn(1, 8, 4, 4), torch.randn(1, 5, 24))
+    before = model(**given)
+    with torch.no_grad():
+        for block in model.double_blocks:
+            width = model.config.hidden_size
+            block.attn.img_qkv.weight[: 2 * width] *= 100
+    assert relative_error(model(**given), before) < 1e-3
+
+
+def test_padding_of_encoders_cannot_be_left_out():
+    with pytest.raises(ConfigError, match=r"mask_text_padding needs model.text_padding: zero"):
+        small(mask_text_padding=True, text_padding="encoder")

@@ -189,12 +189,36 @@ def test_every_parameter_has_a_gradient_with_and_without_teachers():
         {"use_lune_expert": False, "use_sol_prior": False},
         {"freeze_lune": True, "freeze_sol": True},
         {"sol_num_stats": 3},
+        {"patch_size": 2},
+        {"qk_norm": True, "gated_single_mlp": True, "mask_text_padding": True, "time_scale": 1e3},
     ],
 )
 def test_every_kind_of_student_trains(changes):
     loss, gradient = loss_and_gradient(student(**changes), [make_batch()])
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
+
+
+def test_patches_change_the_model_and_not_what_is_asked_of_it():
+    """A student that says 0 has the same loss whatever its tokens are."""
+    losses = []
+    for patch in (1, 2):
+        model = student(patch_size=patch)
+        torch.nn.init.zeros_(model.final_linear.weight)
+        torch.nn.init.zeros_(model.final_linear.bias)
+        config = replace(CONFIG, use_spatial_weighting=False)
+        batch = replace(make_batch(), mask=None)
+        losses.append(loss_and_gradient(model, [batch], config)[0][1])
+        held_out = HeldOut([batch], [[str(row) for row in range(len(batch))]])
+        losses.append(
+            torch.tensor(validate(model, held_out, config, default_buckets())["val_velocity"])
+        )
+    torch.testing.assert_close(losses[:2], losses[2:])
+
+
+def test_latents_that_patches_do_not_fill_are_refused():
+    with pytest.raises(InputError, match="latents of 5 x 6 do not divide into patches of 2 x 2"):
+        loss_and_gradient(student(patch_size=2), [make_batch(height=5)])
 
 
 def test_teacher_weights_warm_up_in_the_total():

@@ -59,6 +59,7 @@ def advance(batch: list[Sample]) -> list[Sample]:
         _together([sample.cond for sample in batch]),
         _together(negative) if negative else None,
         on_device([sample.request.guidance_scale for sample in guided], x.device),
+        batch[0].model.config.patch_size,
     )
     return [sample for sample, each in zip(batch, v, strict=True) if sample.path.advance(each)]
 

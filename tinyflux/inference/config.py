@@ -11,7 +11,7 @@ from tinyflux.util.picture_size import check_side
 
 
 class PixelLimits(NamedTuple):
-    """The sizes of pictures, in pixels: both sides are multiples of ``step``."""
+    """The sizes of pictures, in pixels: both sides are multiples of ``step``, a token's side."""
 
     step: int
     max_height: int

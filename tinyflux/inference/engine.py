@@ -106,7 +106,8 @@ class ImageEngine:
 
     def pixel_limits(self) -> PixelLimits:
         """The sizes that can be asked for."""
-        return PixelLimits(self._zoo.downscale, self.config.max_height, self.config.max_width)
+        step = self._zoo.downscale * self._model.config.patch_size
+        return PixelLimits(step, self.config.max_height, self.config.max_width)
 
     def check(self, request: SampleRequest) -> None:
         """Refuse what is out of bounds with an :class:`InputError` of one sentence."""

@@ -19,6 +19,7 @@ from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.inference.solvers import Trajectory, check_solver
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import token_grid
 from tinyflux.model.time_shift import flux_shift, shift_at
 from tinyflux.util.files import atomic_write
 from tinyflux.util.images import grid_columns, image_grid, png_bytes
@@ -152,6 +153,7 @@ class Sampler:
         seeds = _seeds(seed, len(prompts))
         check_request(height, width, num_steps, guidance_scale, seeds)
         check_solver(solver)
+        token_grid(height, width, self.model.config.patch_size)
 
         cond = self._encode(prompts)
         uncond = None
@@ -164,7 +166,9 @@ class Sampler:
         with self._inference_weights(use_ema):
             while path.evaluations:
                 t = torch.full((len(prompts),), path.t, device=self.device)
-                v = guided_velocity(self._forward, path.x, t, cond, uncond, guidance_scale)
+                v = guided_velocity(
+                    self._forward, path.x, t, cond, uncond, guidance_scale, config.patch_size
+                )
                 if path.advance(v) and callback is not None:
                     callback(path.step, num_steps, path.x)
         return decode(self.zoo, path.x, config.latent_shift)

@@ -13,9 +13,8 @@ from tinyflux.util.config import from_dict, nearest, to_dict
 if TYPE_CHECKING:
     from tinyflux.model.zoo import ModelZoo
 
-# Keys of published v4.2 configs that have another name, or one possible value, here.
+# Keys of published v4.2 configs that have another name here.
 _PUBLISHED_NAMES = {"joint_attention_dim": "t5_hidden_size"}
-_PUBLISHED_CONSTANTS = {"patch_size": 1}
 # What published checkpoints were trained with and their configs do not say.
 _PUBLISHED_SETTINGS: dict[str, Any] = {
     "t5_layers": (12,),
@@ -37,6 +36,7 @@ _SIZES = (
     "in_channels",
     "pooled_projection_dim",
     "max_text_length",
+    "patch_size",
 )
 
 
@@ -81,6 +81,13 @@ class TinyFluxConfig:
         timestep_shift_tokens: The picture's latents (height x width) at which ``timestep_shift``
             holds, if it depends on the size (see ``trainer.schedules.shift_at``); None: it does
             not.
+        patch_size: Side of a token in latents: 1, or 2 as in FLUX, which makes a quarter of the
+            tokens of a picture.
+        qk_norm: Norm queries and keys of each head, as FLUX and SD3.5 do.
+        gated_single_mlp: Gate the single blocks' MLP by the conditioning vector.
+        mask_text_padding: Leave the text's padding out of attention; needs ``text_padding`` to be
+            ``"zero"``.
+        time_scale: What times in [0, 1] are multiplied by before they are embedded; 1,000 in FLUX.
         sol_standardize: Measure Sol's features against their mean and spread over the training
             pictures, which the weights then carry, and scale maps to mean 1. Published checkpoints
             do neither.
@@ -125,6 +132,16 @@ class TinyFluxConfig:
     timestep_shift: float = 3.0
     timestep_shift_tokens: int | None = None
     sol_standardize: bool = False
+    patch_size: int = 1
+    qk_norm: bool = False
+    gated_single_mlp: bool = False
+    mask_text_padding: bool = False
+    time_scale: float = 1.0
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of an image token: those of its latents."""
+        return self.in_channels * self.patch_size**2
 
     def __post_init__(self) -> None:
         self.t5_layers = tuple(self.t5_layers)
@@ -181,6 +198,11 @@ class TinyFluxConfig:
             raise ConfigError(
                 f"model.text_padding must be 'zero' or 'encoder', not '{self.text_padding}'"
             )
+        if self.mask_text_padding and self.text_padding != "zero":
+            raise ConfigError(
+                f"model.mask_text_padding needs model.text_padding: zero: padding of "
+                f"'{self.text_padding}' cannot be told from text"
+            )
 
     def _check_sol(self) -> None:
         if not 0 <= self.sol_geometric_weight <= 1:
@@ -191,6 +213,8 @@ class TinyFluxConfig:
             raise ConfigError(f"model.sol_num_stats must be 3 or 4, not {self.sol_num_stats}")
 
     def _check_times(self) -> None:
+        if self.time_scale <= 0:
+            raise ConfigError(f"model.time_scale must be above 0, not {self.time_scale}")
         if self.timestep_shift <= 0:
             raise ConfigError(f"model.timestep_shift must be above 0, not {self.timestep_shift}")
         if self.timestep_shift_tokens is not None and self.timestep_shift_tokens < 1:
@@ -214,11 +238,7 @@ class TinyFluxConfig:
             ConfigError: an unknown key or an impossible value; ``where`` names the source.
         """
         data = {key: value for key, value in data.items() if not key.startswith("_")}
-        published = _PUBLISHED_NAMES.keys() | _PUBLISHED_CONSTANTS.keys()
-        if published & data.keys():
-            for name, only in _PUBLISHED_CONSTANTS.items():
-                if data.pop(name, only) != only:
-                    raise ConfigError(f"{where}: {name} must be {only}")
+        if _PUBLISHED_NAMES.keys() & data.keys():
             for old, new in _PUBLISHED_NAMES.items():
                 if old in data:
                     data[new] = data.pop(old)

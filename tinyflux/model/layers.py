@@ -1,6 +1,7 @@
 """The parts of the student's blocks.
 
-Shape legend: B batch, N image tokens, L text tokens, D hidden width, H heads, E head width.
+Shape legend: B batch, N image tokens, L text tokens, S = L + N, D hidden width, H heads, E head
+width. ``seen`` is ``[B, 1, 1, S]`` bool, which keys attention reads; None means all.
 Parameter names are those of the published v4.2 checkpoints.
 """
 
@@ -39,17 +40,25 @@ def timestep_embedding(t: Tensor, dim: int = 256) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Times ``[B]`` to vectors ``[B, D]``."""
+    """Times ``[B]`` to vectors ``[B, D]``.
 
-    def __init__(self, hidden_size: int):
+    Args:
+        scale: what times in [0, 1] are multiplied by. The embedding's slowest waves turn once in
+            60,000: of times up to 1 most of them see a constant, of times up to 1,000 (as in FLUX
+            and SD3) they do not.
+    """
+
+    def __init__(self, hidden_size: int, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.mlp = nn.Sequential(
             nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor) -> Tensor:
         # fp32 until here: neighbouring times are the same number in bf16.
-        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
+        features = timestep_embedding(t if self.scale == 1 else t.float() * self.scale)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class RotaryEmbedding(nn.Module):
@@ -123,14 +132,31 @@ def _cool(q: Tensor, prior: AttentionPrior | None) -> Tensor:
     return q / prior.temperature.to(q.dtype)[:, None, None, None]
 
 
+class QKNorm(nn.Module):
+    """RMS norm of each head's queries and keys (Henry et al. 2020, arXiv:2010.04245).
+
+    It bounds attention's logits, which otherwise grow with the rate (Dehghani et al. 2023).
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, H, S, E]``, normed."""
+        return self.query_norm(q), self.key_norm(k)
+
+
 class Attention(nn.Module):
     """Self-attention over text and image tokens in one sequence, text first."""
 
-    def __init__(self, hidden_size: int, num_heads: int, use_prior: bool):
+    def __init__(self, hidden_size: int, num_heads: int, use_prior: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qk_norm = QKNorm(hidden_size // num_heads) if qk_norm else None
         if use_prior:
             self.spatial_to_mod = SpatialModulation(num_heads)
 
@@ -140,14 +166,18 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         prior: AttentionPrior | None,
         num_text: int,
+        seen: Tensor | None = None,
     ) -> Tensor:
         q, k, v = _split_heads(self.qkv(x), self.num_heads)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
         q, k = apply_rotary(q, rope), apply_rotary(k, rope)
         if prior is not None:
             factor = self.spatial_to_mod(prior.spatial).to(q.dtype)
             factor = F.pad(factor, (0, 0, num_text, 0), value=1.0)
             q, k = q * factor, k * factor
-        return self.out_proj(_merge_heads(F.scaled_dot_product_attention(_cool(q, prior), k, v)))
+        out = F.scaled_dot_product_attention(_cool(q, prior), k, v, attn_mask=seen)
+        return self.out_proj(_merge_heads(out))
 
 
 class TextQKV(nn.Linear):
@@ -160,9 +190,18 @@ class TextQKV(nn.Linear):
 class JointAttention(nn.Module):
     """Text and image attend to both streams; Sol guides the image's queries only."""
 
-    def __init__(self, hidden_size: int, num_heads: int, use_prior: bool, own_text_qkv: bool):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        use_prior: bool,
+        own_text_qkv: bool,
+        qk_norm: bool = False,
+    ):
         super().__init__()
         self.num_heads = num_heads
+        self.txt_qk_norm = QKNorm(hidden_size // num_heads) if qk_norm else None
+        self.img_qk_norm = QKNorm(hidden_size // num_heads) if qk_norm else None
         if own_text_qkv:
             self.txt_qkv = TextQKV(hidden_size)
         self.img_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
@@ -177,10 +216,14 @@ class JointAttention(nn.Module):
         img: Tensor,
         rope: tuple[Tensor, Tensor],
         prior: AttentionPrior | None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         num_text = txt_qkv.shape[1]
         txt_q, txt_k, txt_v = _split_heads(txt_qkv, self.num_heads)
         img_q, img_k, img_v = _split_heads(self.img_qkv(img), self.num_heads)
+        if self.txt_qk_norm is not None and self.img_qk_norm is not None:
+            txt_q, txt_k = self.txt_qk_norm(txt_q, txt_k)
+            img_q, img_k = self.img_qk_norm(img_q, img_k)
         img_q, img_k = apply_rotary(img_q, rope), apply_rotary(img_k, rope)
         if prior is not None:
             factor = self.spatial_to_mod(prior.spatial).to(img_q.dtype)
@@ -190,7 +233,7 @@ class JointAttention(nn.Module):
         q = torch.cat([txt_q, _cool(img_q, prior)], dim=2)
         k = torch.cat([txt_k, img_k], dim=2)
         v = torch.cat([txt_v, img_v], dim=2)
-        out = _merge_heads(F.scaled_dot_product_attention(q, k, v))
+        out = _merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
         return self.txt_out(out[:, :num_text]), self.img_out(out[:, num_text:])
 
 
@@ -240,11 +283,12 @@ class DoubleStreamBlock(nn.Module):
         mlp_ratio: float,
         use_prior: bool,
         own_text_qkv: bool,
+        qk_norm: bool = False,
     ):
         super().__init__()
         self.img_norm1 = AdaLayerNorm(hidden_size, chunks=6)
         self.txt_norm1 = AdaLayerNorm(hidden_size, chunks=6)
-        self.attn = JointAttention(hidden_size, num_heads, use_prior, own_text_qkv)
+        self.attn = JointAttention(hidden_size, num_heads, use_prior, own_text_qkv, qk_norm)
         self.img_norm2 = RMSNorm(hidden_size)
         self.txt_norm2 = RMSNorm(hidden_size)
         self.img_mlp = MLP(hidden_size, mlp_ratio)
@@ -258,11 +302,12 @@ class DoubleStreamBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         prior: AttentionPrior | None,
         shared_txt_qkv: TextQKV | None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         img_in, (img_gate, *img_mod, img_mlp_gate) = self.img_norm1(img, vec)
         txt_in, (txt_gate, *txt_mod, txt_mlp_gate) = self.txt_norm1(txt, vec)
         txt_qkv = self.attn.txt_qkv if shared_txt_qkv is None else shared_txt_qkv
-        txt_out, img_out = self.attn(txt_qkv(txt_in), img_in, rope, prior)
+        txt_out, img_out = self.attn(txt_qkv(txt_in), img_in, rope, prior, seen)
 
         txt = txt + txt_gate[:, None] * txt_out
         img = img + img_gate[:, None] * img_out
@@ -272,12 +317,25 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence with one set of weights."""
+    """Text and image as one sequence with one set of weights.
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, use_prior: bool):
+    Args:
+        gated_mlp: scale the MLP's output by a gate from the conditioning vector, 0 at first, as
+            attention's is; otherwise the MLP knows the time from its input alone.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        use_prior: bool,
+        qk_norm: bool = False,
+        gated_mlp: bool = False,
+    ):
         super().__init__()
-        self.norm = AdaLayerNorm(hidden_size, chunks=3)
-        self.attn = Attention(hidden_size, num_heads, use_prior)
+        self.norm = AdaLayerNorm(hidden_size, chunks=4 if gated_mlp else 3)
+        self.attn = Attention(hidden_size, num_heads, use_prior, qk_norm)
         self.norm2 = RMSNorm(hidden_size)
         self.mlp = MLP(hidden_size, mlp_ratio)
 
@@ -288,7 +346,11 @@ class SingleStreamBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         prior: AttentionPrior | None,
         num_text: int,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        x_in, (gate,) = self.norm(x, vec)
-        x = x + gate[:, None] * self.attn(x_in, rope, prior, num_text)
-        return x + self.mlp(self.norm2(x))
+        x_in, (gate, *mlp_gates) = self.norm(x, vec)
+        x = x + gate[:, None] * self.attn(x_in, rope, prior, num_text, seen)
+        out = self.mlp(self.norm2(x))
+        for mlp_gate in mlp_gates:
+            out = mlp_gate[:, None] * out
+        return x + out

@@ -42,9 +42,9 @@ class TinyFluxDeep(nn.Module):
         self.config = config
         width, heads = config.hidden_size, config.num_attention_heads
 
-        self.img_in = nn.Linear(config.in_channels, width)
+        self.img_in = nn.Linear(config.token_channels, width)
         self.txt_in = nn.Linear(config.t5_hidden_size, width)
-        self.time_in = TimestepEmbedder(width)
+        self.time_in = TimestepEmbedder(width, config.time_scale)
         self.vector_in = nn.Sequential(nn.SiLU(), nn.Linear(config.pooled_projection_dim, width))
         if config.use_t5_vec:
             self.t5_pool = nn.Sequential(
@@ -82,15 +82,23 @@ class TinyFluxDeep(nn.Module):
                 config.mlp_ratio,
                 use_prior=config.use_sol_prior,
                 own_text_qkv=not config.use_cross_attention_sharing,
+                qk_norm=config.qk_norm,
             )
             for _ in range(config.num_double_layers)
         )
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(width, heads, config.mlp_ratio, use_prior=config.use_sol_prior)
+            SingleStreamBlock(
+                width,
+                heads,
+                config.mlp_ratio,
+                use_prior=config.use_sol_prior,
+                qk_norm=config.qk_norm,
+                gated_mlp=config.gated_single_mlp,
+            )
             for _ in range(config.num_single_layers)
         )
         self.final_norm = RMSNorm(width)
-        self.final_linear = nn.Linear(width, config.in_channels)
+        self.final_linear = nn.Linear(width, config.token_channels)
 
         self.gradient_checkpointing = False
         self._init_weights()
@@ -142,7 +150,8 @@ class TinyFluxDeep(nn.Module):
         """Predict the velocity of noised latents.
 
         Args:
-            hidden_states: ``[B, N, C]`` noised latents, row by row.
+            hidden_states: ``[B, N, C]`` noised latents as tokens, row by row, from
+                :func:`~tinyflux.model.packing.pack_latents`.
             encoder_hidden_states: ``[B, L, t5_hidden_size]`` text embeddings.
             pooled_projections: ``[B, pooled_projection_dim]`` pooled CLIP embeddings.
             timestep: ``[B]`` in [0, 1], 0 is noise.
@@ -196,16 +205,17 @@ class TinyFluxDeep(nn.Module):
 
         img, txt = self.img_in(hidden_states.to(dtype)), self.txt_in(text)
         rope = self.rope(ids)
+        seen = self._seen(text, img.shape[1])
         shared = self.txt_qkv if self.config.use_cross_attention_sharing else None
         for block in self.double_blocks:
-            txt, img = self._run(block, txt, img, vec, rope, prior, shared)
+            txt, img = self._run(block, txt, img, vec, rope, prior, shared, seen)
 
         num_text = txt.shape[1]
         # Text tokens stand at position 0 of every axis.
         rope = self.rope(F.pad(ids, (0, 0, num_text, 0)))
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = self._run(block, x, vec, rope, prior, num_text)
+            x = self._run(block, x, vec, rope, prior, num_text, seen)
 
         velocity = self.final_linear(self.final_norm(x[:, num_text:]))
         return (velocity, experts) if return_expert_pred else velocity
@@ -223,6 +233,12 @@ class TinyFluxDeep(nn.Module):
         t5_vec = self.t5_pool((text * weights[..., None]).sum(1))
         return torch.lerp(t5_vec, clip_vec, self.text_balance.sigmoid().to(t5_vec.dtype))
 
+    def _seen(self, text: Tensor, num_image: int) -> Tensor | None:
+        """``[B, 1, 1, L + N]``, the keys that attention reads: all but the text's padding."""
+        if not self.config.mask_text_padding:
+            return None
+        return F.pad((text != 0).any(-1), (0, num_image), value=True)[:, None, None]
+
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
@@ -231,7 +247,7 @@ class TinyFluxDeep(nn.Module):
     def _check_shapes(self, hidden: Tensor, text: Tensor, pooled: Tensor, t: Tensor) -> None:
         config, batch = self.config, hidden.shape[0]
         for name, tensor, want in (
-            ("hidden_states", hidden, (batch, None, config.in_channels)),
+            ("hidden_states", hidden, (batch, None, config.token_channels)),
             ("encoder_hidden_states", text, (batch, None, config.t5_hidden_size)),
             ("pooled_projections", pooled, (batch, config.pooled_projection_dim)),
             ("timestep", t, (batch,)),

@@ -116,11 +116,12 @@ class TinyFluxPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from "
                 f"{self._callback_tensor_inputs}"
             )
-        step = self.vae_scale_factor
-        if height % step or width % step or min(height, width) < step:
+        patch, step = self.student_config.patch_size, self.vae_scale_factor
+        side = patch * step
+        if height % side or width % side or min(height, width) < side:
             raise ValueError(
-                f"height {height} and width {width} must be multiples of {step}: the VAE makes "
-                f"{step} pixels of a latent"
+                f"height {height} and width {width} must be multiples of {side}: the VAE makes "
+                f"{step} pixels of a latent, and the student takes {patch} x {patch} latents as one"
             )
         config, device = self.student_config, self._execution_device
         dtype = self.transformer.dtype
@@ -147,7 +148,9 @@ class TinyFluxPipeline(DiffusionPipeline):
         with self.progress_bar(total=num_inference_steps) as bar:
             for index, timestep in enumerate(self.scheduler.timesteps):
                 t = torch.full((shape[0],), times[index], device=device)
-                velocity = guided_velocity(self._forward, latents, t, cond, uncond, guidance_scale)
+                velocity = guided_velocity(
+                    self._forward, latents, t, cond, uncond, guidance_scale, config.patch_size
+                )
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     known = {

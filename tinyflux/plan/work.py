@@ -5,6 +5,7 @@ config and option (checkpointing, precision) and need no formula of their own.
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import (
 from tinyflux.data.batches import TrainBatch
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.packing import token_grid
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.engine import TorchEngine
@@ -96,6 +98,7 @@ def count_step(
     config: TinyFluxConfig, trainer: TrainerConfig, micro_batch: int, grid: tuple[int, int]
 ) -> StepWork:
     """As :func:`step_work`, with every block of the model counted for itself."""
+    tokens = token_grid(*grid, config.patch_size)
     with FakeTensorMode():
         model = TinyFluxDeep(config).train()
         if trainer.gradient_checkpointing:
@@ -115,13 +118,13 @@ def count_step(
                 torch.autocast("cpu", trainer.dtype, enabled=trainer.dtype != torch.float32),
             ):
                 velocity, experts = model(
-                    torch.zeros(micro_batch, grid[0] * grid[1], config.in_channels),
+                    torch.zeros(micro_batch, math.prod(tokens), config.token_channels),
                     torch.zeros(micro_batch, config.max_text_length, config.t5_hidden_size),
                     torch.zeros(micro_batch, config.pooled_projection_dim),
                     torch.zeros(micro_batch),
-                    TinyFluxDeep.create_img_ids(micro_batch, *grid),
+                    TinyFluxDeep.create_img_ids(micro_batch, *tokens),
                     return_expert_pred=True,
-                    grid=grid,
+                    grid=tokens,
                 )
                 loss = sum(
                     (part.float().square().mean() for part in (velocity, *experts.values())),

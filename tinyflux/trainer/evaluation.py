@@ -11,7 +11,7 @@ from tinyflux.data.batches import HeldOut, TrainBatch
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.experts import SolUnits
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.packing import pack_latents
+from tinyflux.model.packing import pack_latents, token_grid
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher_features
 from tinyflux.trainer.ema import EMA
@@ -205,7 +205,7 @@ def _held_out_losses(
             t = torch.full((len(batch),), time, device=device)
             noise = _noise_of(keys, index, batch).to(device)
             teachers = teacher_features(batch, model.config, config, t, t_buckets)
-            losses = _losses_at(t, noise, batch, teachers, model.sol_units, config, velocity)
+            losses = _losses_at(t, noise, batch, teachers, model, config, velocity)
             sums += losses * len(batch)
             count += len(batch)
             has_lune |= teachers.lune is not None
@@ -232,14 +232,15 @@ def _losses_at(
     noise: Tensor,
     batch: TrainBatch,
     teachers: Teachers,
-    sol_units: SolUnits | None,
+    model: TinyFluxDeep,
     config: TrainerConfig,
     velocity: Velocity,
 ) -> Tensor:
     """``[4]`` at times ``t`` ``[B]``: of the velocity, Lune, Sol, and Sol's of a constant."""
-    data, grid = batch.latents.float(), batch.grid
+    data, patch = batch.latents.float(), model.config.patch_size
+    grid = token_grid(*batch.grid, patch)
     pred, experts = velocity(
-        pack_latents(flow_x_t(data, noise, t)),
+        pack_latents(flow_x_t(data, noise, t), patch),
         batch.t5_embeds.float(),
         batch.clip_pooled.float(),
         t,
@@ -247,9 +248,10 @@ def _losses_at(
         return_expert_pred=True,
         grid=grid,
     )
-    main = compute_main_loss(pred, pack_latents(flow_velocity(data, noise)), use_huber=False)
-    lune, sol = distillation_losses(experts, teachers, config, sol_units, t)
-    constant = _constant_loss(teachers, sol_units, t)
+    target = pack_latents(flow_velocity(data, noise), patch)
+    main = compute_main_loss(pred, target, use_huber=False)
+    lune, sol = distillation_losses(experts, teachers, config, model.sol_units, t)
+    constant = _constant_loss(teachers, model.sol_units, t)
     return torch.stack([main, lune, sol, constant.to(sol)])
 
 

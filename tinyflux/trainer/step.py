@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyflux.data.batches import TrainBatch
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.packing import pack_latents
+from tinyflux.model.packing import pack_latents, token_grid
 from tinyflux.model.time_shift import shift_at
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher_features
@@ -76,17 +76,20 @@ def training_loss(
     teachers = teacher_features(batch, model.config, config, t, t_buckets)
     _seed_dropout(model, draws.dropout.to(device))
 
+    patch = model.config.patch_size
+    grid = token_grid(*batch.grid, patch)
     pred, experts = (velocity or model)(
-        pack_latents(flow_x_t(data, noise, t)),
+        pack_latents(flow_x_t(data, noise, t), patch),
         t5,
         pooled,
         t,
-        TinyFluxDeep.create_img_ids(len(batch), *batch.grid, device=device),
+        TinyFluxDeep.create_img_ids(len(batch), *grid, device=device),
         **_seen_teachers(teachers, draws, no_text, config, device),
         return_expert_pred=True,
-        grid=batch.grid,
+        grid=grid,
     )
-    main = _velocity_loss(pred, flow_velocity(data, noise), t, batch, teachers, config)
+    target = pack_latents(flow_velocity(data, noise), patch)
+    main = _velocity_loss(pred, target, grid, t, batch, teachers, config)
     lune, sol = distillation_losses(experts, teachers, config, model.sol_units, t)
     total = (
         main
@@ -146,22 +149,23 @@ def _seed_dropout(model: TinyFluxDeep, seeds: Tensor) -> None:
 def _velocity_loss(
     pred: Tensor,
     target: Tensor,
+    grid: tuple[int, int],
     t: Tensor,
     batch: TrainBatch,
     teachers: Teachers,
     config: TrainerConfig,
 ) -> Tensor:
-    """The configured loss of velocities ``[B, N, C]`` against ``target`` ``[B, C, H, W]``."""
+    """The configured loss of velocities ``[B, N, C]`` against ``target``, of ``grid`` tokens."""
     snr_weights = None
     if config.use_snr_weighting:
         snr_weights = min_snr_weight(t, config.snr_gamma, config.snr_kind)
     return compute_main_loss(
         pred,
-        pack_latents(target),
+        target,
         mask=batch.mask,
         spatial_weights=teachers.importance() if config.use_spatial_weighting else None,
         use_huber=config.use_huber_loss,
         huber_delta=config.huber_delta,
         snr_weights=snr_weights,
-        grid=batch.grid,
+        grid=grid,
     )
