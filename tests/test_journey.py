@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 ELSEWHERE = {
     "RayRunner", "DeepSpeedEngine", "train", "train_worker", "Mirror", "Store",
     "build_app", "generate", "generations", "EngineClient", "EngineReplica", "Sampler",
-    "evaluate", "write_report", "run_stages",
+    "evaluate", "measure", "write_report", "run_stages",
 }  # fmt: skip
 
 

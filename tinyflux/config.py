@@ -19,6 +19,7 @@ from tinyflux import run_dir
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.distributed.config import ClusterConfig, SampleConfig, WorkersConfig
 from tinyflux.errors import ConfigError
+from tinyflux.evaluation.config import EvaluateConfig
 from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
 from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
@@ -55,6 +56,7 @@ class RunConfig:
         workers: The processes that train.
         sample: Pictures that `tinyflux sample` draws.
         serve: The server and its limits.
+        evaluate: What `tinyflux evaluate` measures.
         mix: Caches to train on together, with weights; left empty, ``cache.path`` alone.
         cluster: What `tinyflux plan` plans for; no other command reads it.
     """
@@ -69,6 +71,7 @@ class RunConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     mix: list[MixSource] = field(default_factory=list)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -239,6 +242,8 @@ def _resolve_paths(run: RunConfig) -> None:
         (run.sample, "checkpoint"),
         (run.sample, "output_dir"),
         (run.sample, "prompts_file"),
+        (run.evaluate, "checkpoint"),
+        *((chosen, "file") for chosen in run.evaluate.sets),
         (run.serve, "checkpoint"),
         (run.serve, "api_keys_file"),
         *((source, "path") for source in run.mix),

@@ -10,7 +10,7 @@
     final/             the finished student; its training.json is written last
     ray/               Ray Train's own
     drawn/             pictures of `tinyflux sample`
-    evaluation.json    figures of `tinyflux evaluate`; their pictures are in evaluation/
+    evaluation.json    figures of `tinyflux evaluate`; pictures and features are in evaluation/
     stages.json        which stages of `tinyflux run` are done
     served.json        what the demo's server answered, with the picture in served.png
     report.html

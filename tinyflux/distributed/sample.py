@@ -71,7 +71,7 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
     student = load_student(config.checkpoint, "cpu", torch.float32)
     models = dataclasses.replace(zoo, device="cpu").build(student.config)
     requests = sample_requests(lines, config, models.downscale)
-    notes = PictureNotes(_fingerprint(student), models.downscale)
+    notes = PictureNotes(weights_fingerprint(student), models.downscale)
     cuts = models.cut_tokens([request.prompt for request in requests])
     batches = list(_batches(config.batch_size, requests, notes, output))
     total, left = len(requests), sum(len(batch.missing) for batch in batches)
@@ -254,7 +254,7 @@ def _note_in(png: bytes) -> str | None:
         return None
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
+def weights_fingerprint(model: torch.nn.Module) -> str:
     """What tells a student's weights from others."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

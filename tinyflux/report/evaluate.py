@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.config import RunConfig
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import read_held_out
+from tinyflux.distributed.evaluate import measure
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.distributed.relay import errors_as_raised
@@ -23,6 +25,7 @@ from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run_dir import EVALUATION, EVALUATION_PICTURES, FINAL
+from tinyflux.storage.remote import open_folder
 from tinyflux.trainer.evaluation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
@@ -67,7 +70,25 @@ def evaluate(run: RunConfig) -> str:
     )
     with errors_as_raised():
         ray.get(task.remote(to_dict(run)))
+    if run.evaluate.extractors and (run.evaluate.sets or run.evaluate.cache_sets):
+        _measure(run)
     return join(run.run_dir, EVALUATION)
+
+
+def _measure(run: RunConfig) -> None:
+    """Add what the extractors say to ``evaluation.json``, under ``measured``."""
+    checkpoint = run.evaluate.checkpoint or join(run.run_dir, FINAL)
+    measured = measure(
+        run.evaluate,
+        replace(run.sample, checkpoint=checkpoint),
+        run.zoo,
+        run.mix[0].path if run.mix else run.cache.path,
+        run.trainer.val_fraction,
+        run.run_dir,
+    )
+    folder = open_folder(run.run_dir)
+    record = {**json.loads(folder.read(EVALUATION)), "measured": to_dict(measured)}
+    folder.write(EVALUATION, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _evaluate(packed: dict[str, Any]) -> None:

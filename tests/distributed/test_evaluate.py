@@ -1,0 +1,148 @@
+"""Sets drawn and measured by Ray Data actors, again, and after a part was lost.
+
+Slow: it builds a cache, then starts Ray and an actor for each evaluation.
+"""
+
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tests.fixtures.waiting import PATIENCE
+from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import build
+from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
+from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.evaluate import measure
+from tinyflux.errors import InputError
+from tinyflux.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
+from tinyflux.evaluation.config import EvaluateConfig, EvaluationSet
+from tinyflux.evaluation.record import Measured
+from tinyflux.model.loader import save_model
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.util.config import from_dict, to_dict
+
+pytestmark = pytest.mark.slow
+
+COUNT = 12
+JOB = """
+import json, sys
+from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.evaluate import measure
+from tinyflux.evaluation.config import EvaluateConfig
+from tinyflux.model.config import ZooConfig
+from tinyflux.util.config import from_dict, to_dict
+packed = [json.loads(part) for part in sys.argv[1:]]
+kinds = (EvaluateConfig, SampleConfig, ZooConfig)
+configs = [from_dict(kind, part, "test") for kind, part in zip(kinds, packed)]
+print(json.dumps(to_dict(measure(*configs, *packed[3:]))))
+"""
+
+
+def png(index):
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), (index * 20, 250 - index * 20, 99)).save(picture, "PNG")
+    return picture.getvalue()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A cache, an untrained student, a classifier of colours, and a Parquet file of pictures."""
+    make_world(tmp_path / "world")
+    captions = [CAPTIONS[index % 4] for index in range(COUNT)]
+    write_pictures(tmp_path / "pictures", captions)
+    zoo, model = zoo_config(tmp_path / "world"), student_config()
+    configs = BuildConfigs(
+        DataConfig(str(tmp_path / "pictures"), height=16, width=16),
+        zoo,
+        CacheConfig(str(tmp_path / "cache"), rows_per_shard=6),
+        model,
+    )
+    build(configs, LocalRunner(configs))
+    torch.manual_seed(0)
+    save_model(TinyFluxDeep(model), tmp_path / "run" / "final")
+    labels = {"colour": ["red", "blue"]}
+    save_classifier(Classifier(ClassifierConfig(labels, 8, (4,))), tmp_path / "classifier")
+    table = {
+        "image": [{"bytes": png(index), "path": None} for index in range(COUNT)],
+        "text": captions,
+        "colour": ["red", "blue"] * (COUNT // 2),
+    }
+    pq.write_table(pa.table(table), tmp_path / "pairs.parquet")
+    return tmp_path
+
+
+def job(place, **changes):
+    evaluate = {
+        "extractors": ["efficientnet-lite0", f"classifier:{place / 'classifier'}"],
+        "sets": [
+            EvaluationSet(
+                "pairs", str(place / "pairs.parquet"), labels=["colour"], group_by=["colour"]
+            )
+        ],
+        "cache_sets": ["train"],
+        "smallest_group": 6,
+        **changes,
+    }
+    sample = SampleConfig(num_steps=2, batch_size=5, checkpoint=str(place / "run" / "final"))
+    places = (str(place / "cache"), 0.0, str(place / "run"))
+    return EvaluateConfig(**evaluate), sample, zoo_config(place / "world"), *places
+
+
+def measured(place, head):
+    """What a driver of its own gives."""
+    arguments = [json.dumps(to_dict(part)) for part in job(place)]
+    driver = subprocess.run(
+        [sys.executable, "-c", JOB, *arguments],
+        env=head.environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert driver.returncode == 0, driver.stderr[-3000:]
+    return from_dict(Measured, json.loads(driver.stdout.splitlines()[-1]), "the record")
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_sets_are_measured_once_and_what_is_lost_is_made_again(head, place):
+    first = measured(place, head)
+    assert [chosen.name for chosen in first.sets] == ["train", "pairs"]
+    pairs = first.sets[1]
+    assert (pairs.count, pairs.drawn) == (COUNT, COUNT)
+    network, judge = pairs.spaces
+    assert "far too high" in network.figures["fid"].note
+    assert network.figures["kid"].low < network.figures["kid"].value
+    assert judge.figures["colour_accuracy"].count == COUNT
+    assert {(group.by, group.value) for group in pairs.groups} >= {
+        ("colour", "red"), ("colour", "blue"),
+    }  # fmt: skip
+    assert first.format_version == 1
+    # The cache's real pictures are kept with the cache, and nothing else is.
+    kept, made = files(place / "cache" / "evaluation"), files(place / "run" / "evaluation")
+    assert (len(kept), len(made)) == (3, 9)
+    assert len(list((place / "run" / "evaluation" / "pairs").glob("*.png"))) == COUNT
+
+    lost = next(iter(made))
+    lost.unlink()
+    assert measured(place, head) == first
+    again = files(place / "run" / "evaluation")
+    assert {path for path in again if again[path] != made.get(path)} == {lost}
+    assert files(place / "cache" / "evaluation") == kept
+
+
+def test_a_set_that_cannot_be_read_is_one_sentence(place):
+    for changes, message in (
+        ({"file": str(place / "none.parquet")}, "cannot be read from"),
+        ({"labels": ["thing"]}, "has no column 'thing'"),
+    ):
+        chosen = EvaluationSet(**{"name": "pairs", "file": str(place / "pairs.parquet"), **changes})
+        with pytest.raises(InputError, match=message):
+            measure(*job(place, sets=[chosen]))
