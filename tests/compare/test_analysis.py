@@ -58,7 +58,7 @@ def test_equal_arms_differ_by_exactly_nothing(values):
     found = subtract(values, values)
     assert found.mean == 0.0
     assert found.half_width in (None, 0.0)
-    assert "equal to the last bit" in verdict("same", "base", found, True)
+    assert "exactly the same value" in verdict("same", "base", found, True)
 
 
 @given(PAIRS)

@@ -136,7 +136,7 @@ def test_equal_arms_differ_by_exactly_nothing_and_another_seed_does_not(done, re
         same, reseeded = found["same", metric], found["reseeded", metric]
         assert all(at["by_seed"] == [0.0, 0.0] for at in same["at_steps"])
         assert all(at["half_width"] == 0.0 for at in same["at_steps"])
-        assert "equal to the last bit" in same["verdict"]
+        assert "exactly the same value" in same["verdict"]
         assert all(0.0 not in at["by_seed"] for at in reseeded["at_steps"][1:])
         assert (same["paired"], reseeded["paired"]) == (True, False)
 
@@ -176,7 +176,7 @@ def test_the_page_shows_everything_in_a_real_browser(done, browser):
     )
     page.goto(address)
     assert page.inner_text("h1") == "Comparison mine"
-    assert "same and base are equal to the last bit" in page.inner_text(".verdict >> nth=0")
+    assert "same and base have exactly the same value" in page.inner_text(".verdict >> nth=0")
     assert page.locator("svg").count() == 6  # curves and differences of three metrics
     pictures = page.locator("figure img")
     assert pictures.count() == 6

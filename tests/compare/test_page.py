@@ -56,7 +56,7 @@ def page_of(record, folder):
 def test_a_page_says_what_can_be_told_apart(tmp_path):
     page = page_of(make(tmp_path), tmp_path)
     verdicts = re.findall(r'<p class="verdict([^"]*)">(.*?)</p>', page)
-    assert verdicts[0] == (" zero", "same and base are equal to the last bit with every seed.")
+    assert verdicts[0] == (" zero", "same and base have exactly the same value with every seed.")
     assert verdicts[1] == ("", "far is better than base: -0.4967 ± 0.0143 (3 seeds).")
     assert verdicts[2][0] == " zero"
     assert verdicts[2][1].startswith("near cannot be told from base: +0.0333 ± ")

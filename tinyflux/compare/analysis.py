@@ -108,7 +108,7 @@ def verdict(arm: str, to: str, difference: Difference, lower_is_better: bool) ->
         lost = sum(one is None for one in difference.by_seed)
         return f"With {lost} of {seeds} seeds {arm} or {to} was not finite: there is no mean."
     if all(one == 0 for one in difference.by_seed):
-        return f"{arm} and {to} are equal to the last bit with every seed."
+        return f"{arm} and {to} have exactly the same value with every seed."
     if half_width is None or difference.detectable is None:
         return f"{arm} is {mean:+.4f} from {to} with one seed, which has no interval."
     if difference.includes_zero:

@@ -33,7 +33,9 @@ def write_page(path: Path, record: CompareRecord, output: Path) -> None:
     )
     page = environment.from_string(PAGE.read_text()).render(
         record=record,
-        machines=sorted({f"{one.machine}, {one.threads} threads a trial" for one in record.trials}),
+        machines=sorted(
+            {f"{one.machine}, threads of a trial: {one.threads}" for one in record.trials}
+        ),
         tables=[_Table.of(record, metric) for metric in record.metrics],
         curves=[_curves(record, metric) for metric in record.metrics],
         differences=[_differences(record, metric) for metric in record.metrics],
@@ -115,7 +117,8 @@ def _differences(record: CompareRecord, metric: str) -> str:
             for step, found in zip(one.steps, one.at_steps, strict=True)
         ]
         _add(lines, bands, f"{one.arm} to {one.to}", points)
-    return chart(lines, f"difference of {metric}", bands)
+    # The base, whose colour is the first, is the line at zero.
+    return chart(lines, f"difference of {metric}", bands, first_color=1)
 
 
 def _add(

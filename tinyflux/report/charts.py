@@ -44,22 +44,28 @@ def load_pyplot() -> Any:
     return plt
 
 
-def chart(lines: Mapping[str, Line], ylabel: str, bands: Mapping[str, Band] | None = None) -> str:
+def chart(
+    lines: Mapping[str, Line],
+    ylabel: str,
+    bands: Mapping[str, Band] | None = None,
+    first_color: int = 0,
+) -> str:
     """The lines in one figure, as an ``<svg>`` element.
 
     Args:
         bands: of lines by name, drawn behind them; a figure that has zero inside shows it.
+        first_color: of matplotlib's cycle, for figures beside each other.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
     plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(5.2, 3), layout="constrained")
-    for name, (steps, values) in lines.items():
-        marker = "o" if len(steps) < 20 else ""
-        (drawn,) = axes.plot(steps, values, marker=marker, markersize=3, label=name)
+    for index, (name, (steps, values)) in enumerate(lines.items(), start=first_color):
+        color, marker = f"C{index}", "o" if len(steps) < 20 else ""
+        axes.plot(steps, values, color=color, marker=marker, markersize=3, label=name)
         if bands and name in bands:
-            axes.fill_between(steps, *bands[name], color=drawn.get_color(), alpha=0.15, lw=0)
+            axes.fill_between(steps, *bands[name], color=color, alpha=0.15, lw=0)
     low, high = axes.get_ylim()
     if low < 0 < high:
         axes.axhline(0, color="black", lw=0.8)
