@@ -1,6 +1,6 @@
 """A comparison on a real Ray: equal arms are equal, other seeds are not, a kill changes nothing.
 
-Slow: processes that import torch and Ray train six students, in two starts of the command.
+Slow: processes that import torch and Ray train eight students, in two starts of the command.
 """
 
 import json
@@ -24,7 +24,7 @@ STEPS, EVERY = 12, 2
 FILE = """
 output: {folder}/out
 base: {folder}/run.yaml
-arms: {{same: , reseeded: }}
+arms: {{same: , reseeded: , split: {{workers.num_workers: 2, workers.cpus_per_worker: 0.5}}}}
 seed_offset: {{reseeded: 100}}
 seeds: 2
 metric: val_velocity_ema
@@ -79,7 +79,10 @@ def done(folder, head):
         first = subprocess.Popen(command, stdout=log, stderr=log, **place)
     try:
         # The second trial has a checkpoint: the first one is finished.
-        wait_for(lambda: list(out.glob("runs/same/seed-0/checkpoints/step_*")) or ended(first))
+        wait_for(
+            lambda: list(out.glob("runs/same/seed-0/checkpoints/step_*")) or ended(first),
+            3 * PATIENCE,
+        )
     finally:
         first.kill()
         first.wait()
@@ -88,7 +91,7 @@ def done(folder, head):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("t*.json")}
     with logs[1].open("w") as log:
         status = subprocess.run(
-            command, stdout=log, stderr=log, timeout=PATIENCE, check=False, **place
+            command, stdout=log, stderr=log, timeout=3 * PATIENCE, check=False, **place
         ).returncode
     assert status == 0, logs[1].read_text()
     return out, before, [log.read_text() for log in logs]
@@ -115,7 +118,7 @@ def figures(out, arm, seed):
 
 def test_what_was_finished_is_not_run_again_and_what_was_stopped_goes_on(done):
     out, before, (first, second) = done
-    assert "6 trials" in first
+    assert "8 trials" in first
     assert before
     assert {path.stat().st_mtime_ns for path in before} == set(before.values())
     assert "trials are finished" in second
@@ -139,6 +142,12 @@ def test_equal_arms_differ_by_exactly_nothing_and_another_seed_does_not(done, re
         assert "exactly the same value" in same["verdict"]
         assert all(0.0 not in at["by_seed"] for at in reseeded["at_steps"][1:])
         assert (same["paired"], reseeded["paired"]) == (True, False)
+
+
+def test_an_arm_of_two_workers_has_the_losses_of_one(done):
+    one, two = (figures(done[0], arm, 0) for arm in ("base", "split"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert list((done[0] / "runs/split/seed-0/ray").iterdir())  # by a job of Ray Train's
 
 
 def test_a_trial_is_a_run_of_its_own(done, record):
@@ -179,7 +188,7 @@ def test_the_page_shows_everything_in_a_real_browser(done, browser):
     assert "same and base have exactly the same value" in page.inner_text(".verdict >> nth=0")
     assert page.locator("svg").count() == 6  # curves and differences of three metrics
     pictures = page.locator("figure img")
-    assert pictures.count() == 6
+    assert pictures.count() == 8
     widths = pictures.evaluate_all("found => found.map(one => one.naturalWidth)")
     assert all(width > 0 for width in widths)
     # Nothing is wider than the page.
