@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 
 from tinyflux import run_dir as names
 from tinyflux.cache.build import build
@@ -120,7 +121,7 @@ def _tune(config: CompareConfig, trials: Sequence[Trial]) -> None:
             storage_path=str(Path(config.output) / names.RAY),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             stop=_UntilError(),
-            callbacks=[_Progress(len(trials))],
+            callbacks=[_Progress(len(trials)), JsonLoggerCallback()],  # Tune reads its files
             verbose=0,
         ),
     )
