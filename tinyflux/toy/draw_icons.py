@@ -83,9 +83,11 @@ def draw_icons(size: int, packages: Path | None = None) -> Iterator[Icon]:
         packages: folder that has the npm tarballs; None downloads them.
 
     Raises:
-        InputError: a tarball is not the one that is expected.
+        InputError: a size below 1, or a tarball that is not the one that is expected.
         StorageError: the registry cannot be reached.
     """
+    if size < 1:
+        raise InputError(f"pictures of {size} px cannot be drawn: give a size of 1 or more")
     opened = {style.name: open_package(style, packages) for style in STYLES}
     for thing in match_things(opened):
         for style in STYLES:

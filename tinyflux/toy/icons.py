@@ -1,8 +1,8 @@
 """The toy pictures: the same things in several art styles, split so that memory shows.
 
-Five open emoji sets draw the same things, so a picture is a ``thing`` in a ``style``, and its caption
-names both: ``"red apple, Noto style"``. Each picture belongs to one split, which its thing and style
-alone decide:
+Five open emoji sets draw the same things, so a picture is a ``thing`` in a ``style``, and its
+caption names both: ``"red apple, Noto style"``. Each picture belongs to one split, which its thing
+and style alone decide:
 
 - ``train``;
 - ``pairs``: a thing that ``train`` has in other styles, in a style that ``train`` has for other
@@ -15,8 +15,7 @@ The pictures of 32 px ship with the package as Parquet files, named and made as 
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,8 +166,8 @@ def caption_of(thing: str, style: str) -> str:
 def split_of(thing: str, style: str) -> str:
     """The split of a thing in a style, whatever other pictures there are.
 
-    Of a thing that is seen at most one style is kept from training, so that a thing in two styles or
-    more is in ``train`` always.
+    Of a thing that is seen at most one style is kept from training, so that a thing in two styles
+    or more is in ``train`` always.
     """
     if _share("things", thing) < _UNSEEN_THINGS:
         return "things"
@@ -200,8 +199,8 @@ def file_name(split: str) -> str:
 
 def write_icons(folder: Path, icons: Iterable[Icon]) -> dict[str, int]:
     """Write each split's Parquet file, ordered by thing and style; pictures by split."""
-    folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(icons, key=lambda icon: (icon.thing, icon.style))
+    folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for split in SPLITS:
         chosen = [icon for icon in ordered if icon.split == split]
@@ -220,15 +219,10 @@ def read_icons(folder: Path, split: str) -> list[Icon]:
     ]
 
 
-def copy_shipped(folder: Path, keep: Callable[[Icon], bool] | None = None) -> dict[str, int]:
-    """Write what ships to ``folder``, or what ``keep`` accepts of it; pictures by split."""
-    if keep is not None:
-        shipped = (icon for split in SPLITS for icon in read_icons(SHIPPED, split))
-        return write_icons(folder, filter(keep, shipped))
-    folder.mkdir(parents=True, exist_ok=True)
+def shipped_icons() -> Iterator[Icon]:
+    """Every picture that ships with the package, of :data:`SHIPPED_SIZE` pixels."""
     for split in SPLITS:
-        shutil.copyfile(SHIPPED / file_name(split), folder / file_name(split))
-    return {split: pq.read_metadata(folder / file_name(split)).num_rows for split in SPLITS}
+        yield from read_icons(SHIPPED, split)
 
 
 def _table(icons: list[Icon]) -> pa.Table:
