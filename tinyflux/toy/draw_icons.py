@@ -112,8 +112,8 @@ def match_things(packages: dict[str, Package]) -> list[Thing]:
         if _SKIN_TONES & set(code) or _is_flag(code):
             continue
         for style, package in packages.items():
-            if not package.names and (drawing := _by_name(package, drawings, packages)):
-                drawings = {**drawings, style: drawing}
+            if not package.names and (same := _by_name(package, drawings, packages)):
+                drawings = {**drawings, style: same}
         if len(drawings) < FEWEST_STYLES:
             continue
         [(name, _)] = Counter(drawings.values()).most_common(1)
