@@ -48,7 +48,8 @@ Draw = Callable[[int, int], bytes]  # of a seed and a number of steps
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
 
 
 def directly(engine: ImageEngine) -> Draw:

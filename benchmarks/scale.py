@@ -36,8 +36,9 @@ import pyarrow as pa
 from tinyflux.cache.config import DataConfig, MixSource
 from tinyflux.cache.index import SCHEMA
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
-from tinyflux.cache.partition import PlannedShard, Rejected, plan_shards
+from tinyflux.cache.partition import PlannedShard, plan_shards
 from tinyflux.cache.receipts import Receipt, group_path, receipt_path
+from tinyflux.cache.rejected import Rejected
 from tinyflux.cache.reuse import ReusableRows
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER

@@ -55,8 +55,8 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
 from tinyflux.toy.openmoji import Emoji, write_picture_folder
 from tinyflux.toy.world import SHIPPED
+from tinyflux.trainer.distillation import teacher_features
 from tinyflux.trainer.evaluation import TIMES
-from tinyflux.trainer.step import teacher_features
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t

@@ -43,7 +43,8 @@ class Materialised:
         )
         self.kept.append(torch.softmax((q @ k.mT).float() * attn.scale, dim=-1))
         merged = (self.kept[-1].to(v.dtype) @ v).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](merged))
+        out: Tensor = attn.to_out[1](attn.to_out[0](merged))
+        return out
 
 
 def features_of(matrices: list[Tensor]) -> SolFeatures:

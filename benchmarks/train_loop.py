@@ -121,7 +121,7 @@ def job_turn(run: RunConfig, begun: int, steps: int) -> float:
     train(run)
     ray.shutdown()  # the bare loop has the machine to itself
     records = read_metrics(Path(run.run_dir) / "metrics.jsonl")
-    rates = [record["samples_per_s"] for record in records if record["step"] > begun]
+    rates: list[float] = [record["samples_per_s"] for record in records if record["step"] > begun]
     return statistics.median(rates[1:])
 
 

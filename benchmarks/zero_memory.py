@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from tinyflux.data.batches import StepData, TrainBatch
 from tinyflux.distributed.deepspeed import DeepSpeedEngine
@@ -109,7 +109,7 @@ def main() -> None:
             port = free.getsockname()[1]
             free.close()
             result = f"{folder}/result.json"
-            mp.spawn(
+            spawn(
                 worker,
                 (arguments.workers, port, stage, arguments.width, result),
                 nprocs=arguments.workers,

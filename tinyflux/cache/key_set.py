@@ -30,7 +30,8 @@ class KeySet:
         for run in self._runs:
             known |= _contains(run, first, second)
         self._push(_sorted(first[~known], second[~known]))
-        return known.tolist()
+        flags: list[bool] = known.tolist()
+        return flags
 
     def _push(self, run: tuple[np.ndarray, np.ndarray]) -> None:
         while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]) < LARGEST_RUN:

@@ -172,7 +172,9 @@ class ShardReader:
     def strings(self, shard: ShardInfo, group: str, column: str) -> list[str]:
         """A text column of a whole shard."""
         (path,) = self._store.local([shard.files[group]])
-        return pq.read_table(path, columns=[column], memory_map=True)[column].to_pylist()
+        table = pq.read_table(path, columns=[column], memory_map=True)
+        texts: list[str] = table[column].to_pylist()
+        return texts
 
     def tensor(self, shard: ShardInfo, group: str, column: str, rows: np.ndarray) -> Tensor:
         """Rows (positions in the shard) of a tensor column, ``[B, ...]`` in the stored dtype."""

@@ -124,7 +124,8 @@ class Shuffle:
             mixed ^= mixed >> np.uint64(29)
             mixed = (mixed * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)
             left, right = right, left ^ (mixed & low)
-        return ((left << np.uint64(half)) | right).astype(np.int64)
+        joined: np.ndarray = (left << np.uint64(half)) | right
+        return joined.astype(np.int64)
 
 
 def deal(position: int, shares: Sequence[int]) -> tuple[int, int]:
@@ -195,7 +196,8 @@ class SampleOrder:
                 now = passes == index
                 places[now] = self._shuffle(size, int(which), int(index))[places[now]]
             rows[here] = stream.rows[places]
-        return rows.tolist()
+        numbers: list[int] = rows.tolist()
+        return numbers
 
     def _shuffle_of(self, size: int, which: int, number_of_pass: int) -> Shuffle:
         count = len(self._sizes[size][which].rows)

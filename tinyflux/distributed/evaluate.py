@@ -201,9 +201,10 @@ def _list_sets(
 
 def _thinned(rows: np.ndarray, count: int) -> list[int]:
     """At most ``count`` of the rows, evenly."""
-    if len(rows) <= count:
-        return rows.tolist()
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)].tolist()
+    if len(rows) > count:
+        rows = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    kept: list[int] = rows.tolist()
+    return kept
 
 
 def _cache_rows(name: str, data: CachedDataset, chosen: list[int], downscale: int) -> SetRows:
@@ -265,7 +266,8 @@ def _file_rows(chosen: EvaluationSet, count: int, downscale: int) -> SetRows:
 
 def _bytes(cell: Any) -> bytes:
     value = cell.as_py()
-    return value["bytes"] if isinstance(value, dict) else value
+    content: bytes = value["bytes"] if isinstance(value, dict) else value
+    return content
 
 
 def _file_row(

@@ -249,7 +249,8 @@ def _file_name(index: int) -> str:
 def _note_in(png: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(png)) as image:
-            return image.info.get("tinyflux")
+            note: str | None = image.info.get("tinyflux")
+            return note
     except (OSError, ValueError):
         return None
 

@@ -53,7 +53,8 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, h, w]`` to the same."""
-        return x + self.layers(x)
+        added: Tensor = self.layers(x)
+        return x + added
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
@@ -79,7 +80,8 @@ class Classifier(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """``[N, D]`` of pictures ``[N, 3, H, W]`` in [-1, 1]."""
-        return self.trunk(resize(pictures, self.config.side))
+        features: Tensor = self.trunk(resize(pictures, self.config.side))
+        return features
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
         """Each head's ``[N, labels]`` of features ``[N, D]``."""

@@ -68,7 +68,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, h, w]`` to ``[N, C', h / stride, w / stride]``."""
-        return x + self.layers(x) if self.adds else self.layers(x)
+        out: Tensor = self.layers(x)
+        return x + out if self.adds else out
 
 
 class EfficientNetLite0(nn.Module):
@@ -89,11 +90,13 @@ class EfficientNetLite0(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """``[N, 1280]`` of ``[N, 3, H, W]``, H and W multiples of 32: the mean over places."""
-        return self.head(self.blocks(self.stem(x))).mean((2, 3))
+        places: Tensor = self.head(self.blocks(self.stem(x)))
+        return places.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, 1000]`` of ImageNet's classes."""
-        return self.classes(self.features(x))
+        logits: Tensor = self.classes(self.features(x))
+        return logits
 
 
 def load_efficientnet() -> EfficientNetLite0:

@@ -38,4 +38,5 @@ def _trace_of_root(one: Tensor, other: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(one)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
+    squares: Tensor = torch.linalg.eigvalsh(root @ other @ root)
+    return squares.clamp(min=0).sqrt().sum()

@@ -58,4 +58,5 @@ class InceptionFeatures:
 
     def _features(self, pictures: Tensor) -> Tensor:
         whole = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return self._model(whole)[0]
+        features: Tensor = self._model(whole)[0]
+        return features

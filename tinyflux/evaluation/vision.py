@@ -67,7 +67,8 @@ class ClipFeatures:
 
     def _embed(self, pictures: Tensor) -> Tensor:
         seen = self._model.vision_model(pixel_values=self._prepare(pictures))
-        return self._model.visual_projection(seen.pooler_output)
+        features: Tensor = self._model.visual_projection(seen.pooler_output)
+        return features
 
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> Tensor:

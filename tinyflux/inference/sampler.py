@@ -197,7 +197,8 @@ class Sampler:
         weights = next(self.model.parameters()).dtype
         mixed = weights == torch.float32 and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            return self.model(*args, **kwargs)
+            velocity: Tensor = self.model(*args, **kwargs)
+        return velocity
 
     @contextmanager
     def _inference_weights(self, use_ema: bool) -> Iterator[None]:

@@ -224,7 +224,8 @@ class TinyFluxConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; :meth:`from_dict` gives an equal config."""
-        return to_dict(self)
+        plain: dict[str, Any] = to_dict(self)
+        return plain
 
     @classmethod
     def from_dict(

@@ -58,7 +58,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         # fp32 until here: neighbouring times are the same number in bf16.
         features = timestep_embedding(t if self.scale == 1 else t.float() * self.scale)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        vector: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return vector
 
 
 class RotaryEmbedding(nn.Module):
@@ -177,7 +178,8 @@ class Attention(nn.Module):
             factor = F.pad(factor, (0, 0, num_text, 0), value=1.0)
             q, k = q * factor, k * factor
         out = F.scaled_dot_product_attention(_cool(q, prior), k, v, attn_mask=seen)
-        return self.out_proj(_merge_heads(out))
+        projected: Tensor = self.out_proj(_merge_heads(out))
+        return projected
 
 
 class TextQKV(nn.Linear):
@@ -246,7 +248,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -350,7 +353,7 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         x_in, (gate, *mlp_gates) = self.norm(x, vec)
         x = x + gate[:, None] * self.attn(x_in, rope, prior, num_text, seen)
-        out = self.mlp(self.norm2(x))
+        out: Tensor = self.mlp(self.norm2(x))
         for mlp_gate in mlp_gates:
             out = mlp_gate[:, None] * out
         return x + out

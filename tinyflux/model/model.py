@@ -222,7 +222,7 @@ class TinyFluxDeep(nn.Module):
 
     def _text_vector(self, text: Tensor, pooled: Tensor) -> Tensor:
         """``[B, D]`` from pooled CLIP and T5 tokens weighed by the softmax of their mean."""
-        clip_vec = self.vector_in(pooled)
+        clip_vec: Tensor = self.vector_in(pooled)
         if not self.config.use_t5_vec:
             return clip_vec
         logits = text.float().mean(-1)

@@ -33,13 +33,17 @@ def pack_latents(latents: Tensor, patch_size: int = 1) -> Tensor:
         return latents.flatten(2).transpose(1, 2)
     height, width = token_grid(latents.shape[2], latents.shape[3], patch_size)
     patches = latents.unflatten(3, (width, patch_size)).unflatten(2, (height, patch_size))
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return tokens
 
 
 def unpack_latents(image_tokens: Tensor, height: int, width: int, patch_size: int = 1) -> Tensor:
     """Inverse of :func:`pack_latents`, to ``[B, C, height, width]``."""
+    latents: Tensor
     if patch_size == 1:
-        return image_tokens.transpose(1, 2).unflatten(2, (height, width))
+        latents = image_tokens.transpose(1, 2).unflatten(2, (height, width))
+        return latents
     rows, columns = token_grid(height, width, patch_size)
     patches = image_tokens.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, (rows, columns))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    latents = patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return latents

@@ -131,7 +131,8 @@ class _SolProcessor:
         def heads(projection: torch.nn.Module) -> Tensor:
             # Contiguous, or every product would pack heads that lie side by side anew.
             split = projection(hidden_states).unflatten(-1, (attn.heads, -1))
-            return split.transpose(1, 2).contiguous()
+            per_head: Tensor = split.transpose(1, 2).contiguous()
+            return per_head
 
         # Nobody reads what the last layer puts out.
         is_last = len(self.stats) + 1 == self._layers
@@ -143,4 +144,5 @@ class _SolProcessor:
         self.received.append(seen.received.unflatten(-1, grid))
         if seen.output is None:
             raise _Stop
-        return attn.to_out[1](attn.to_out[0](seen.output.transpose(1, 2).flatten(2)))
+        out: Tensor = attn.to_out[1](attn.to_out[0](seen.output.transpose(1, 2).flatten(2)))
+        return out

@@ -59,7 +59,7 @@ def t5_embeddings(
     """
     output = encoder(ids, attention_mask=mask, output_hidden_states=True)
     if tuple(layers) == (encoder.config.num_layers,):
-        text = output.last_hidden_state
+        text: Tensor = output.last_hidden_state
     else:
         text = torch.stack([rms_norm(output.hidden_states[layer]) for layer in layers]).mean(0)
     return text * mask[..., None] if padding == "zero" else text

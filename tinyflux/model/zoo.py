@@ -222,9 +222,8 @@ class ModelZoo:
             InputError: not pictures, of several sizes, or sides that the VAE cannot halve.
         """
         vae = self.load_vae()
-        return (
-            encode_pictures(vae, images, batch_size) - self.latent_shift
-        ) * vae.config.scaling_factor
+        factor: float = vae.config.scaling_factor
+        return (encode_pictures(vae, images, batch_size) - self.latent_shift) * factor
 
     def encode_teacher_latents_batched(
         self, images: list[Image.Image], batch_size: int = 32
@@ -232,7 +231,8 @@ class ModelZoo:
         """The teachers' latents ``[N, C, h, w]``, from their own VAE as its config scales them."""
         vae = self.load_sd_vae()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (encode_pictures(vae, images, batch_size) - shift) * vae.config.scaling_factor
+        factor: float = vae.config.scaling_factor
+        return (encode_pictures(vae, images, batch_size) - shift) * factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, shift: float | None = None) -> Tensor:
@@ -244,7 +244,8 @@ class ModelZoo:
         vae = self.load_vae()
         shift = self.latent_shift if shift is None else shift
         latents = latents.to(self.device, torch.float32) / vae.config.scaling_factor + shift
-        return (vae.decode(latents.to(self.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        pictures: Tensor = vae.decode(latents.to(self.dtype)).sample
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
         """T5 embedding ``[L, D]`` and pooled CLIP embedding ``[P]``."""

@@ -36,7 +36,7 @@ def make_pipeline(checkpoint: str, zoo: ZooConfig) -> TinyFluxPipeline:
     (t5_tokenizer, t5), (clip_tokenizer, clip) = models.load_t5(), models.load_clip()
     transformer = TinyFluxTransformer(student.config.to_dict())
     transformer.student.to(zoo.dtype).load_state_dict(student.state_dict())
-    return TinyFluxPipeline(
+    pipeline = TinyFluxPipeline(
         transformer=transformer.eval(),
         vae=models.load_vae(),
         text_encoder=clip,
@@ -44,7 +44,9 @@ def make_pipeline(checkpoint: str, zoo: ZooConfig) -> TinyFluxPipeline:
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
         scheduler=make_scheduler(student.config.timestep_shift),
-    ).to("cpu")
+    )
+    pipeline.to("cpu")
+    return pipeline
 
 
 def export(checkpoint: str, zoo: ZooConfig, directory: str | os.PathLike[str]) -> Path:

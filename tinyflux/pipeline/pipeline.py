@@ -74,7 +74,8 @@ class TinyFluxPipeline(DiffusionPipeline):
     @property
     def student_config(self) -> TinyFluxConfig:
         """The student's settings."""
-        return self.transformer.student.config
+        config: TinyFluxConfig = self.transformer.student.config
+        return config
 
     @torch.no_grad()
     def __call__(

@@ -24,4 +24,5 @@ class TinyFluxTransformer(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`tinyflux.model.model.TinyFluxDeep.forward`."""
-        return self.student(*args, **kwargs)
+        out: Tensor | tuple[Tensor, dict[str, Tensor]] = self.student(*args, **kwargs)
+        return out

@@ -104,5 +104,6 @@ def _vae_channels(zoo: ZooConfig) -> list[int]:
     """Channels of the student's VAE by level: each but the last halves a picture's sides."""
     for place in (Path(zoo.vae_repo, "vae", "config.json"), Path(zoo.vae_repo, "config.json")):
         if place.is_file():
-            return json.loads(place.read_text())["block_out_channels"]
+            channels: list[int] = json.loads(place.read_text())["block_out_channels"]
+            return channels
     return [128, 256, 512, 512]  # FLUX's

@@ -149,11 +149,13 @@ class EngineClient:
 
     async def keep(self, png: bytes) -> str:
         """Keep a picture for a while; its name."""
-        return await self._shared.keep.remote(png)
+        name: str = await self._shared.keep.remote(png)
+        return name
 
     async def kept(self, name: str) -> bytes | None:
         """A picture by its name, if it is still kept."""
-        return await self._shared.kept.remote(name)
+        png: bytes | None = await self._shared.kept.remote(name)
+        return png
 
     async def reload(self, model: str) -> None:
         """Have every replica of ``model`` read its checkpoint again."""
@@ -161,7 +163,8 @@ class EngineClient:
 
     async def replicas(self) -> list[dict[str, Any]]:
         """What every replica says of itself."""
-        return await self._shared.present.remote()
+        replicas: list[dict[str, Any]] = await self._shared.present.remote()
+        return replicas
 
     async def _once(
         self, model: str, request: SampleRequest, every_step: bool, started: float

@@ -45,7 +45,8 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(Path(location).absolute())
     check_url(location)
     try:
-        return fs.FileSystem.from_uri(location)
+        own: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location)
+        return own
     except ArrowInvalid:  # not one of pyarrow's own
         system, path = fsspec.core.url_to_fs(location)
         return fs.PyFileSystem(fs.FSSpecHandler(system)), path
@@ -79,7 +80,8 @@ class RemoteFolder:
 
         def get() -> bytes:
             with self.filesystem.open_input_file(self._full(path)) as file:
-                return file.read()
+                content: bytes = file.read()
+            return content
 
         return self._try(f"read {path}", get)
 

@@ -91,7 +91,8 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, seed: int) -> di
         posterior = vae.encode(batch).latent_dist
         output = vae.decode(posterior.sample(random)).sample
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return F.l1_loss(output, batch) + F.mse_loss(output, batch) + 1e-3 * kl
+        loss: Tensor = F.l1_loss(output, batch) + F.mse_loss(output, batch) + 1e-3 * kl
+        return loss
 
     seconds = _fit(
         "VAE",

@@ -106,7 +106,8 @@ def _read_entry(data: DataConfig, place: Place, entry: dict[str, Any]) -> RawPic
 def load(place: Place, path: str) -> bytes:
     """The whole of a file."""
     with place.open(path) as file:
-        return file.read()
+        content: bytes = file.read()
+    return content
 
 
 def _captions(data: DataConfig, place: Place, entry: dict[str, Any]) -> tuple[tuple[str, ...], str]:

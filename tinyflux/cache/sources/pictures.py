@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from tinyflux.cache.keys import Size
@@ -66,7 +66,7 @@ def _decode(content: bytes, name: str, max_pixels: int, behind: str) -> Image.Im
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"picture '{name}' is too large: {error}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(
             f"'{name}' is not a picture that can be read (png, jpg, webp, bmp, gif, tiff): replace "
             f"it or take it out"

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from math import ceil
 from typing import Any, Literal
@@ -178,9 +178,9 @@ def _size(size: str | None, default: int) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-async def _all(pictures: list[Any]) -> list[Drawn]:
+async def _all(coming: Sequence[Awaitable[Drawn]]) -> list[Drawn]:
     """All of them, or the first error with the others cancelled."""
-    tasks = [asyncio.ensure_future(picture) for picture in pictures]
+    tasks = [asyncio.ensure_future(picture) for picture in coming]
     try:
         return await asyncio.gather(*tasks)
     finally:
