@@ -206,7 +206,8 @@ def _member(archive: tarfile.TarFile, name: str) -> dict[str, Any]:
     file = archive.extractfile(f"package/{name}")
     if file is None:
         raise InputError(f"package/{name} is no file of its tarball")
-    return json.load(file)
+    content: dict[str, Any] = json.load(file)
+    return content
 
 
 def _download(url: str) -> bytes:
