@@ -45,6 +45,7 @@ from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.schedules import lr_at
 from tinyflux.trainer.step import training_loss
 
 
@@ -109,7 +110,7 @@ class BareLoop:
         )
         loss.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.param_groups[0]["lr"] = self.config.lr_at(self.step)
+        self.optimizer.param_groups[0]["lr"] = lr_at(self.config, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -13,10 +13,15 @@ import torch
 from tests.fixtures.trainers import make_trainer, weights
 from tinyflux.errors import ConfigError, MissingDependencyError
 from tinyflux.trainer import trackers
+from tinyflux.trainer.config import TRACKERS
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.trainer import TrainerConfig
 
 NUMBERS = {"train/loss", "train/loss_lune", "train/lr", "train/grad_norm", "train/samples_per_s"}
+
+
+def test_every_name_that_the_settings_take_has_a_package():
+    assert set(trackers.PACKAGES) == set(TRACKERS)
 
 
 def test_an_unknown_tracker_and_a_missing_package_are_one_sentence(tmp_path, monkeypatch):

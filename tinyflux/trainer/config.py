@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 
 from tinyflux.errors import ConfigError
-from tinyflux.trainer.losses import LUNE_MODES, SNR_KINDS
-from tinyflux.trainer.schedules import constant_with_warmup, cosine_schedule, linear_decay
-from tinyflux.trainer.trackers import PACKAGES
 from tinyflux.util.config import nearest
 from tinyflux.util.picture_size import FormerSides
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
 LR_SCHEDULERS = ("cosine", "linear", "constant")
 WARMUP_TYPES = ("linear", "cosine")
+LUNE_MODES = ("cosine", "mse", "huber")
+SNR_KINDS = ("epsilon", "velocity")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # Settings by what their values must be.
@@ -246,10 +246,10 @@ class TrainerConfig:
                     f"choose one of {', '.join(words)}"
                 )
         for tracker in self.trackers:
-            if tracker not in PACKAGES:
+            if tracker not in TRACKERS:
                 raise ConfigError(
                     f"trainer.trackers has '{tracker}', which is unknown"
-                    f"{nearest(tracker, PACKAGES)}: choose from {', '.join(PACKAGES)}"
+                    f"{nearest(tracker, TRACKERS)}: choose from {', '.join(TRACKERS)}"
                 )
         self._require(
             "dtype",
@@ -283,20 +283,6 @@ class TrainerConfig:
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise ConfigError(f"trainer.{name} must be {what}, not {getattr(self, name)!r}")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step``, counted from 0.
-
-        Schedules are read one step ahead: the first step of a warm-up already moves the weights.
-        """
-        step += 1
-        floor = min(1.0, self.min_lr / self.learning_rate)
-        if self.lr_scheduler == "constant":
-            factor = constant_with_warmup(step, self.warmup_steps, self.warmup_type)
-        else:
-            schedule = cosine_schedule if self.lr_scheduler == "cosine" else linear_decay
-            factor = schedule(step, self.total_steps, self.warmup_steps, floor, self.warmup_type)
-        return self.learning_rate * factor
 
     def ema_decay_at(self, step: int) -> float:
         """The EMA's decay in optimizer step ``step``, counted from 0.

@@ -23,6 +23,7 @@ from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.evaluation import EvaluationRequest
 from tinyflux.trainer.meter import LOSSES, StepMeter
 from tinyflux.trainer.recorder import CheckpointKind, Recorder
+from tinyflux.trainer.schedules import lr_at
 from tinyflux.trainer.sharding import rank_and_world
 from tinyflux.trainer.step import training_loss
 from tinyflux.util.config import to_dict
@@ -114,7 +115,7 @@ class TrainLoop:
             share = len(batch) * self._world / item.size
             self.engine.backward(loss.total * share, last=index + 1 == len(item.micro_batches))
             losses += loss.stack() * share
-        norm = self.engine.step(self.config.lr_at(self.state.step))
+        norm = self.engine.step(lr_at(self.config, self.state.step))
         # A skipped step is no part of the means.
         self._meter.add_losses(losses, taken=norm.isfinite())
         self.ema.update(self.engine.shard(), self.config.ema_decay_at(self.state.step))
@@ -148,7 +149,7 @@ class TrainLoop:
         step = self.state.step
         sums = self.engine.average(self._meter.sums)
         skipped, _ = self.engine.skips.read()
-        figures = self._meter.figures(sums, norm, self.config.lr_at(step - 1), skipped)
+        figures = self._meter.figures(sums, norm, lr_at(self.config, step - 1), skipped)
         if self.recorder is not None:
             self.recorder.report(step, figures)
         self._meter.reset()

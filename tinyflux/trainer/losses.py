@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyflux.errors import ConfigError, InputError
-
-LUNE_MODES = ("cosine", "mse", "huber")
-SNR_KINDS = ("epsilon", "velocity")
+from tinyflux.trainer.config import LUNE_MODES, SNR_KINDS
 
 
 def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:

@@ -10,6 +10,7 @@ from tinyflux.errors import ConfigError
 # The API has these here.
 from tinyflux.model.time_shift import flux_shift as flux_shift
 from tinyflux.model.time_shift import flux_unshift as flux_unshift
+from tinyflux.trainer.config import TrainerConfig
 
 
 def sample_timesteps(
@@ -94,6 +95,21 @@ def linear_decay(
 def constant_with_warmup(step: int, warmup_steps: int, warmup_type: str = "linear") -> float:
     """Factor of the base rate: warm-up, then 1."""
     return warmup(step, warmup_steps, warmup_type)
+
+
+def lr_at(config: TrainerConfig, step: int) -> float:
+    """Learning rate of optimizer step ``step``, counted from 0.
+
+    Schedules are read one step ahead: the first step of a warm-up already moves the weights.
+    """
+    step += 1
+    floor = min(1.0, config.min_lr / config.learning_rate)
+    if config.lr_scheduler == "constant":
+        factor = constant_with_warmup(step, config.warmup_steps, config.warmup_type)
+    else:
+        schedule = cosine_schedule if config.lr_scheduler == "cosine" else linear_decay
+        factor = schedule(step, config.total_steps, config.warmup_steps, floor, config.warmup_type)
+    return config.learning_rate * factor
 
 
 def warmup(step: int, warmup_steps: int, warmup_type: str = "linear") -> float:
