@@ -31,15 +31,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from tinyflux.cache.config import DataConfig, MixSource
-from tinyflux.cache.index import SCHEMA
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
 from tinyflux.cache.partition import PlannedShard, plan_shards
 from tinyflux.cache.receipts import Receipt, group_path, receipt_path
 from tinyflux.cache.rejected import Rejected
 from tinyflux.cache.reuse import ReusableRows
+from tinyflux.cache.rows import IndexedPicture
 from tinyflux.cache.schema import Layout
 from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.store import LocalStore
@@ -81,27 +80,21 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def index(rows: int) -> Iterator[pa.Table]:
-    """Tables of 1,000 pictures, as ``read_index`` gives them."""
+def index(rows: int) -> Iterator[list[IndexedPicture]]:
+    """Splits of 1,000 pictures, as ``read_index`` gives them."""
     for start in range(0, rows, 1000):
-        numbers = range(start, min(start + 1000, rows))
-        yield pa.Table.from_pylist(
-            [
-                {
-                    "source": f"train-{n // 10_000:06d}.tar/{n:09d}.jpg",
-                    "locator": json.dumps([f"train-{n // 10_000:06d}.tar", n * 1000, 90_000]),
-                    "mask_locator": "",
-                    "captions": [f"a caption of about as many words as captions have, number {n}"],
-                    "picture": digest("picture", n)[:32],
-                    "mask_picture": "",
-                    "width": SIDE,
-                    "height": SIDE,
-                    "reason": "",
-                }
-                for n in numbers
-            ],
-            SCHEMA,
-        )
+        yield [
+            IndexedPicture(
+                source=f"train-{n // 10_000:06d}.tar/{n:09d}.jpg",
+                locator=json.dumps([f"train-{n // 10_000:06d}.tar", n * 1000, 90_000]),
+                mask_locator="",
+                captions=[f"a caption of about as many words as captions have, number {n}"],
+                picture=digest("picture", n)[:32],
+                width=SIDE,
+                height=SIDE,
+            )
+            for n in range(start, min(start + 1000, rows))
+        ]
 
 
 def config() -> DataConfig:
@@ -146,8 +139,8 @@ def make_manifest(samples: int) -> Manifest:
 
 def plan(root: Path, samples: int) -> Work:
     (root / SHARD_FOLDER).mkdir()
-    tables = list(index(samples))
-    return lambda: list(plan_shards(LocalStore(root), config(), tables, 1024, Rejected()))
+    splits = list(index(samples))
+    return lambda: list(plan_shards(LocalStore(root), config(), splits, 1024, Rejected()))
 
 
 def write_receipts(root: Path, samples: int) -> list[PlannedShard]:

@@ -110,9 +110,9 @@ def _planned(configs: BuildConfigs, runner: Runner) -> Iterator[Plan]:
         with claim(store):
             models = _index_and_look_at_models(configs, runner, splits)
             rejected = Rejected()
-            tables = (read_index(store, data, split) for split in splits)
+            index = (read_index(store, data, split) for split in splits)
             size = configs.cache.rows_per_shard
-            shards = list(plan_shards(store, data, tables, size, rejected))
+            shards = list(plan_shards(store, data, index, size, rejected))
             if not shards:
                 check_rejected(data, len(rejected.rows), rejected)
             yield Plan(splits, models, shards, rejected)

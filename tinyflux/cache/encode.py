@@ -1,13 +1,11 @@
 """A planned shard to files: what a build job's actor does, without Ray."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,9 +13,11 @@ from torch import Tensor
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.extract import Extractor, Sample
 from tinyflux.cache.keys import Size, content_keys, digest_of
+from tinyflux.cache.partition import read_rows
 from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.reuse import CONTENT_COLUMNS, Reused, batches
-from tinyflux.cache.schema import GROUPS, KEY
+from tinyflux.cache.rows import Row
+from tinyflux.cache.schema import GROUPS
 from tinyflux.cache.shards import ShardReader, finite_rows, write_group
 from tinyflux.cache.sources import decode_mask, decode_picture, fit_mask, fit_picture, open_pictures
 from tinyflux.cache.store import Store
@@ -60,12 +60,9 @@ class ShardEncoder:
         Raises:
             CacheError, OSError: nothing half-written counts.
         """
-        table = pq.read_table(pa.BufferReader(self._store.read(task.rows_file)))
-        rows: dict[str, list[str]] = {name: table[name].to_pylist() for name in table.column_names}
-        contents = {
-            group: content_keys(group, {c: rows[c] for c in CONTENT_COLUMNS}, task.size)
-            for group in task.fingerprints
-        }
+        rows = read_rows(self._store, task.rows_file)
+        columns = {name: [getattr(row, name) for row in rows] for name in CONTENT_COLUMNS}
+        contents = {group: content_keys(group, columns, task.size) for group in task.fingerprints}
         # Groups that lack the same rows are made together, from one reading of the pictures.
         together: dict[tuple[int, ...], list[str]] = {}
         for group, keys in contents.items():
@@ -88,12 +85,13 @@ class ShardEncoder:
         task: ShardTask,
         group: str,
         contents: Sequence[str],
-        rows: dict[str, list[str]],
+        rows: Sequence[Row],
         work: "ShardWork",
         seconds: float,
     ) -> None:
         """Join what was computed with what was reused, write the file, then its receipt."""
-        fingerprint, reused, keys = task.fingerprints[group], task.reused[group], rows[KEY]
+        fingerprint, reused = task.fingerprints[group], task.reused[group]
+        keys = [row.key for row in rows]
         computed = {contents[row]: place for place, row in enumerate(work.made)}
         refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
         rejected = [(row, refused[key]) for row, key in enumerate(contents) if key in refused]
@@ -116,7 +114,7 @@ class ShardEncoder:
             file = write_group(self._store, path, keys, columns, self._trim)
         receipt = Receipt(
             task.name, group, fingerprint, len(keys), task.size, file, rejected, len(work.made),
-            round(seconds, 3), self._cut(rows["caption"]) if group == "text" else "",
+            round(seconds, 3), self._cut([row.caption for row in rows]) if group == "text" else "",
         )  # fmt: skip
         receipt.save(self._store)
 
@@ -154,7 +152,7 @@ class ShardWork:
         self,
         extractor: Extractor,
         data: DataConfig,
-        rows: dict[str, list[str]],
+        rows: Sequence[Row],
         size: Size,
         groups: Sequence[str],
     ):
@@ -187,9 +185,12 @@ class ShardWork:
             InputError: a picture is not what it was when it was indexed.
         """
         pictures = self._pictures(batch) if set(self._groups) & set(NEEDS_PICTURES) else {}
-        keys, captions = self._rows[KEY], self._rows["caption"]
+        chosen = {row: self._rows[row] for row in batch}
         self._encode(
-            [(row, Sample(keys[row], captions[row], *pictures.get(row, ()))) for row in batch]
+            [
+                (row, Sample(sample.key, sample.caption, *pictures.get(row, ())))
+                for row, sample in chosen.items()
+            ]
         )
 
     def _encode(self, samples: list[tuple[int, Sample]]) -> None:
@@ -211,10 +212,13 @@ class ShardWork:
     def _pictures(self, batch: list[int]) -> dict[int, tuple[Image.Image, Image.Image | None]]:
         """Picture and mask of each row, at the shard's size."""
         rows, most, found = self._rows, self._data.max_pixels, {}
-        masked = [row for row in batch if "mask" in self._groups and rows["mask_locator"][row]]
-        masks = dict(self._contents(masked, "mask_locator", "mask_picture"))
-        for row, content in self._contents(batch, "locator", "picture"):
-            name, mask = rows["source"][row], None
+        masked = [row for row in batch if "mask" in self._groups and rows[row].mask_locator]
+        masks = dict(
+            self._contents(masked, lambda row: row.mask_locator, lambda row: row.mask_picture)
+        )
+        files = self._contents(batch, lambda row: row.locator, lambda row: row.picture)
+        for row, content in files:
+            name, mask = rows[row].source, None
             image = decode_picture(content, name, most)
             if row in masks:
                 mask = fit_mask(decode_mask(masks[row], name, image.size, most), self._size)
@@ -222,15 +226,15 @@ class ShardWork:
         return found
 
     def _contents(
-        self, batch: list[int], locator: str, picture: str
+        self, batch: list[int], locator: Callable[[Row], str], digest: Callable[[Row], str]
     ) -> Iterator[tuple[int, bytes]]:
         """Rows with their files, which are made sure to be those that were indexed."""
-        files = open_pictures(self._data, [self._rows[locator][row] for row in batch])
+        files = open_pictures(self._data, [locator(self._rows[row]) for row in batch])
         for row, content in zip(batch, files, strict=True):
             # Not a reason to leave the sample out: the next run may find the file again.
-            if isinstance(content, Exception) or digest_of(content) != self._rows[picture][row]:
+            if isinstance(content, Exception) or digest_of(content) != digest(self._rows[row]):
                 raise InputError(
-                    f"'{self._rows['source'][row]}' was changed or removed while the cache was "
+                    f"'{self._rows[row].source}' was changed or removed while the cache was "
                     f"built: run the same command again to continue with what is there now"
                 )
             yield row, content

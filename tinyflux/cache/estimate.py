@@ -14,7 +14,7 @@ from tinyflux.cache.encode import ShardWork
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.keys import Size
 from tinyflux.cache.receipts import Receipt
-from tinyflux.cache.schema import KEY
+from tinyflux.cache.rows import Row
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.store import LocalStore, Store
 from tinyflux.errors import ConfigError
@@ -109,19 +109,19 @@ class Estimate:
 def measure(
     extractor: Extractor,
     data: DataConfig,
-    rows: dict[str, list[str]],
+    rows: Sequence[Row],
     size: Size,
     groups: Sequence[str],
     rows_per_shard: int,
 ) -> Cost:
-    """Encode ``rows`` (columns of a shard's rows file), twice over, and write them.
+    """Encode ``rows`` of a shard, twice over, and write them.
 
     The first batch only warms up. Four batches are plenty.
     """
     started = time.perf_counter()
     extractor.recipe()  # loads the models
     loaded = time.perf_counter() - started
-    count, batch = len(rows[KEY]), extractor.batch_size
+    count, batch = len(rows), extractor.batch_size
     batches = [list(range(at, min(at + batch, count))) for at in range(0, count, batch)]
 
     def encode(chosen: Sequence[str]) -> tuple[ShardWork, float]:

@@ -8,22 +8,22 @@ A shard's ``rows`` file lists its samples. It is the plan for whoever encodes th
 of the dataset.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.key_set import KeySet
-from tinyflux.cache.keys import Size, digest_of, sample_key
+from tinyflux.cache.keys import Size, digest_of
 from tinyflux.cache.manifest import FileInfo
 from tinyflux.cache.rejected import Rejected
-from tinyflux.cache.schema import KEY, ROWS, Column, columns_of
+from tinyflux.cache.rows import IndexedPicture, Row
+from tinyflux.cache.schema import GROUPS, ROWS, Column
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
 from tinyflux.cache.sources import choose_size, size_problem
 from tinyflux.cache.store import Store
-
-Row = dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class PlannedShard:
 def plan_shards(
     store: Store,
     data: DataConfig,
-    tables: Iterable[pa.Table],
+    index: Iterable[Sequence[IndexedPicture]],
     rows_per_shard: int,
     rejected: Rejected,
 ) -> Iterator[PlannedShard]:
-    """Cut the pictures of ``tables`` (``index.SCHEMA``) into shards and write their rows files.
+    """Cut the pictures of ``index`` into shards and write their rows files.
 
-    The shards that are being filled, one table and 16 bytes of each sample are held. The cut
-    depends on the samples alone.
+    The shards that are being filled, one split's pictures and 16 bytes of each sample are held. The
+    cut depends on the samples alone.
     """
     open_shards: dict[Size, list[Row]] = {}
-    for size, row in _samples(data, tables, rejected):
+    for size, row in _samples(data, index, rejected):
         rows = open_shards.setdefault(size, [])
         rows.append(row)
-        if _ends_shard(str(row[KEY]), len(rows), rows_per_shard):
+        if _ends_shard(row.key, len(rows), rows_per_shard):
             yield _write_rows(store, size, open_shards.pop(size))
     for size, rows in open_shards.items():
         yield _write_rows(store, size, rows)
@@ -72,39 +72,39 @@ def _ends_shard(key: str, rows: int, most: int) -> bool:
 
 
 def _samples(
-    data: DataConfig, tables: Iterable[pa.Table], rejected: Rejected
+    data: DataConfig, index: Iterable[Sequence[IndexedPicture]], rejected: Rejected
 ) -> Iterator[tuple[Size, Row]]:
     known = KeySet()
-    for table in tables:
+    for pictures in index:
         found: list[tuple[Size, Row]] = []
-        for entry in table.to_pylist():
+        for picture in pictures:
             rejected.seen += 1
-            width, height, reason = entry["width"], entry["height"], entry["reason"]
-            reason = reason or size_problem(width, height, data, entry["source"])
+            width, height, source = picture.width, picture.height, picture.source
+            reason = picture.reason or size_problem(width, height, data, source)
             if reason:
-                rejected.rows.append((entry["source"], reason))
+                rejected.rows.append((source, reason))
                 continue
             size = choose_size(width, height, data)
-            for caption in entry["captions"]:
-                key = sample_key(entry["picture"], size, caption)
-                row = {name: entry[name] for name in SHARED}
-                found.append((size, {KEY: key, "caption": caption, **row}))
-        repeated = known.add([str(row[KEY]) for _, row in found])
+            found += [(size, row) for row in picture.rows(size)]
+        repeated = known.add([row.key for _, row in found])
         rejected.duplicates += sum(repeated)
         yield from (sample for sample, again in zip(found, repeated, strict=True) if not again)
 
 
-SHARED = ("picture", "mask_picture", "source", "locator", "mask_locator", "width", "height")
-
-
 def _write_rows(store: Store, size: Size, rows: list[Row]) -> PlannedShard:
-    keys = [str(row[KEY]) for row in rows]
+    keys = [row.key for row in rows]
     columns: dict[str, Column] = {
-        name: [row[name] for row in rows]  # type: ignore[misc]
-        for name in ("caption", *SHARED)
+        name: [getattr(row, name) for row in rows] for name in GROUPS[ROWS]
     }
     name = digest_of([list(size), keys])[:16]
     # Not the shard's name alone: a renamed file gives the same samples another list.
-    path = f"{SHARD_FOLDER}/{name}.{ROWS}.{digest_of(rows)[:8]}.parquet"
-    file = write_group(store, path, keys, columns_of(ROWS, columns), trim_text=False)
+    listed = digest_of([vars(row) for row in rows])
+    path = f"{SHARD_FOLDER}/{name}.{ROWS}.{listed[:8]}.parquet"
+    file = write_group(store, path, keys, columns, trim_text=False)
     return PlannedShard(name, len(rows), size, file)
+
+
+def read_rows(store: Store, rows_file: str) -> list[Row]:
+    """The samples that a shard's ``rows`` file lists."""
+    table = pq.read_table(pa.BufferReader(store.read(rows_file)))
+    return [Row(**row) for row in table.to_pylist()]

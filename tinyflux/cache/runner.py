@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tinyflux.cache.encode import ShardEncoder, ShardTask
 from tinyflux.cache.estimate import Cost, measure
 from tinyflux.cache.fingerprints import ModelFingerprints, take_fingerprints
 from tinyflux.cache.index import write_index
 from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.partition import read_rows
 from tinyflux.cache.sources import SourceSplit
 
 MEASURED_BATCHES = 4
@@ -74,7 +72,6 @@ class LocalRunner:
 def measure_task(configs: BuildConfigs, task: ShardTask) -> Cost:
     """What encoding the first few batches of a shard costs."""
     extractor = configs.encoder().extractor
-    table = pq.read_table(pa.BufferReader(configs.store.read(task.rows_file)))
-    rows = table.slice(0, MEASURED_BATCHES * configs.cache.batch_size).to_pydict()
+    rows = read_rows(configs.store, task.rows_file)[: MEASURED_BATCHES * configs.cache.batch_size]
     groups, most = list(task.fingerprints), configs.cache.rows_per_shard
     return measure(extractor, configs.data, rows, task.size, groups, most)

@@ -6,13 +6,14 @@ many bytes as its tokens need) beside the row's token count. Columns are never n
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tinyflux.cache.rows import Row
 from tinyflux.util.config import dtype_name
 
 FORMAT_VERSION = 2
@@ -20,24 +21,15 @@ FORMAT_VERSION = 2
 # Column groups, each a file of its own per shard, so that one can be remade without the others.
 # ``rows`` says what the samples are; the others hold what models made of them.
 ROWS = "rows"
+KEY = "key"  # in every file: what row-aligns the groups
 GROUPS: dict[str, tuple[str, ...]] = {
-    ROWS: (
-        "picture",
-        "mask_picture",
-        "caption",
-        "source",
-        "locator",
-        "mask_locator",
-        "width",
-        "height",
-    ),
+    ROWS: tuple(field.name for field in fields(Row) if field.name != KEY),
     "latents": ("latents",),
     "mask": ("mask",),
     "text": ("t5_embeds", "clip_pooled"),
     "lune": ("lune",),
     "sol": ("sol_stats", "sol_spatial"),
 }
-KEY = "key"  # in every file: what row-aligns the groups
 TOKENS = "t5_length"  # beside a text column that drops padding
 
 SHAPE_FIELD, DTYPE_FIELD = b"tinyflux.shape", b"tinyflux.dtype"
