@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -349,6 +350,8 @@ class EvaluateActor:
         self._job = from_dict(Job, job, "the evaluation")
         self._device = resolve_device(self._job.zoo.device)
         self._sampler: Sampler | None = None
+        self._cache: CachedDataset | None = None
+        self._column: tuple[tuple[str, str], pa.ChunkedArray] | None = None
         self._extractors: list[FeatureExtractor] = []
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
@@ -393,14 +396,22 @@ class EvaluateActor:
         """``[N, 3, H, W]`` in [0, 1]: the file's pictures, or the cache's latents, decoded."""
         if not part.file:
             assert self._sampler is not None
-            latents = CachedDataset(self._job.cache, check_files=False).read(
-                [row.row for row in part.rows], groups=("latents",)
-            )["latents"]
+            if self._cache is None:
+                self._cache = CachedDataset(self._job.cache, check_files=False)
+            latents = self._cache.read([row.row for row in part.rows], groups=("latents",))[
+                "latents"
+            ]
             decoded = decode(self._sampler.zoo, latents, self._job.latent_shift).cpu()
             return (decoded * 255).round() / 255
-        system, path = open_filesystem(part.file)
-        column = pq.read_table(path, columns=[part.image_key], filesystem=system)[part.image_key]
+        column = self._pictures_of(part.file, part.image_key)
         return torch.stack([read_picture(_bytes(column[row.row])) for row in part.rows])
+
+    def _pictures_of(self, file: str, key: str) -> pa.ChunkedArray:
+        """A file's column of pictures, kept for the file's other parts."""
+        if self._column is None or self._column[0] != (file, key):
+            system, path = open_filesystem(file)
+            self._column = (file, key), pq.read_table(path, columns=[key], filesystem=system)[key]
+        return self._column[1]
 
 
 def _figures(

@@ -227,8 +227,7 @@ class TinyFluxDeep(nn.Module):
             return clip_vec
         logits = text.float().mean(-1)
         if self.config.text_padding == "zero":
-            padding = (text == 0).all(-1)
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(_padding(text), torch.finfo(logits.dtype).min)
         weights = logits.softmax(-1).to(text.dtype)
         t5_vec = self.t5_pool((text * weights[..., None]).sum(1))
         return torch.lerp(t5_vec, clip_vec, self.text_balance.sigmoid().to(t5_vec.dtype))
@@ -237,7 +236,7 @@ class TinyFluxDeep(nn.Module):
         """``[B, 1, 1, L + N]``, the keys that attention reads: all but the text's padding."""
         if not self.config.mask_text_padding:
             return None
-        return F.pad((text != 0).any(-1), (0, num_image), value=True)[:, None, None]
+        return F.pad(~_padding(text), (0, num_image), value=True)[:, None, None]
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         if self.gradient_checkpointing and self.training:
@@ -278,3 +277,8 @@ class TinyFluxDeep(nn.Module):
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that are not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def _padding(text: Tensor) -> Tensor:
+    """``[B, L]``, which text embeddings are zeros and stand for no token."""
+    return (text == 0).all(-1)
