@@ -175,12 +175,15 @@ def test_a_run_grows_with_its_cluster_and_shrinks_when_a_node_is_lost(straight, 
     def groups():
         return re.findall(r"Started training worker group of size (\d)", log.read_text())
 
+    def tail():
+        return log_of(elastic)
+
     def reached(sizes):
         """A group of the last of these sizes, after the others, has made a checkpoint."""
-        wait_for(lambda: groups() == sizes or driver.poll() is not None)
+        wait_for(lambda: groups() == sizes or driver.poll() is not None, evidence=tail)
         assert groups() == sizes, log_of(elastic)
         before = saved(elastic)
-        wait_for(lambda: saved(elastic) > before or driver.poll() is not None)
+        wait_for(lambda: saved(elastic) > before or driver.poll() is not None, evidence=tail)
         assert driver.poll() is None, log_of(elastic)
 
     with running_nodes(head.environment) as nodes:
