@@ -57,7 +57,7 @@ constraints: ## resolve the tested set of packages again, and the part of it tha
 	  $(LOCK) --extra dev pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)'; } > constraints.tmp
 	mv constraints.tmp constraints.txt
 	{ sed -n '/^#/p' cluster/requirements.txt; \
-	  $(LOCK) --extra cluster --constraint constraints.txt pyproject.toml \
+	  $(LOCK) --extra cluster --extra report --constraint constraints.txt pyproject.toml \
 	    | grep -vE '^(nvidia-|cuda-|triton)'; } > cluster/requirements.tmp
 	mv cluster/requirements.tmp cluster/requirements.txt
 
