@@ -125,7 +125,8 @@ def _tune(config: CompareConfig, trials: Sequence[Trial]) -> None:
             verbose=0,
         ),
     )
-    results = tuner.fit()
+    grid = tuner.fit()
+    results = [grid[index] for index in range(len(grid))]
     for result in results:
         if packed := (result.metrics or {}).get("error"):
             raise unpack_error(packed)

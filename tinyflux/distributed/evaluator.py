@@ -4,11 +4,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 import ray
 import torch
+from ray.actor import ActorHandle
 from torch import Tensor
 
 from tinyflux.distributed.relay import errors_as_raised
@@ -50,11 +51,11 @@ class ActorEvaluator:
         seconds: float = 600.0,
     ):
         self._seconds = seconds
-        self._given_up: Any = None  # what the actor may still be at
+        self._given_up: ray.ObjectRef[Evaluation] | None = None  # what the actor may still be at
         # No CPU of its own: on a small machine the workers have taken all there are.
-        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
-        self._actor = ray.remote(**options)(_Actor).remote(make, gpus > 0, threads)
-        self._asked: list[tuple[int, Any]] = []
+        actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        self._actor = cast("ActorHandle[_Actor]", actor.remote(make, gpus > 0, threads))
+        self._asked: list[tuple[int, ray.ObjectRef[Evaluation]]] = []
         self._done: list[Evaluation] = []
         try:
             with errors_as_raised():

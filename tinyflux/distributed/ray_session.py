@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def ensure_ray() -> None:
 
 def quiet_data() -> None:
     """Let Ray Data work without bars and plans, and with actors that can be started anew."""
-    from ray.data._internal.execution.operators import actor_pool_map_operator as pools
+    from ray.data._internal.execution.operators import actor_pool_map_operator
 
+    pools: Any = actor_pool_map_operator  # a module whose class is exchanged
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -89,23 +91,17 @@ def quiet_data() -> None:
         pools.ActorPoolMapOperator = _with_arguments(pool)
 
 
-def _with_arguments(pool: type) -> type:
+def _with_arguments(pool: type[Any]) -> type[Any]:
     """Ray Data's pool of actors, whose small arguments go with the calls.
 
     It would hand them over by the object store. An actor that is started anew after they were lost
     there fails, and Ray writes an error about that of every pool.
     """
-
-    class ActorsWithArguments(pool):
-        @property
-        def _map_transformer_ref(self) -> Any:
-            return self._map_transformer
-
-        @property
-        def _data_context_ref(self) -> Any:
-            return self.data_context
-
-    return ActorsWithArguments
+    own = {
+        "_map_transformer_ref": property(attrgetter("_map_transformer")),
+        "_data_context_ref": property(attrgetter("data_context")),
+    }
+    return type("ActorsWithArguments", (pool,), own)
 
 
 @contextlib.contextmanager

@@ -113,8 +113,9 @@ class DinoFeatures:
 
 
 def _open(cls: Any, place: str, device: torch.device) -> PreTrainedModel:
-    model: PreTrainedModel = open_pretrained(cls, place, dtype=torch.float32)
-    return model.to(device).eval().requires_grad_(False)
+    opened = open_pretrained(cls, place, dtype=torch.float32)
+    model: PreTrainedModel = opened.to(device).eval().requires_grad_(False)
+    return model
 
 
 def _digest(model: PreTrainedModel) -> str:

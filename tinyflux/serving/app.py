@@ -76,17 +76,16 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
         engines = {name: serve.get_deployment_handle(at(name), app) for name in names}
         return make_api(EngineClient(config, engines, serve.get_deployment_handle("shared", app)))
 
-    state = serve.deployment(SharedState).options(
+    state = serve.deployment(
         name="shared",
         num_replicas=1,
         ray_actor_options=free,
         max_ongoing_requests=_UNBOUNDED,
         logging_config=quiet,
     )
-    shared = state.bind(config)
+    shared = state(SharedState).bind(config)
     engines = [
-        serve.deployment(EngineReplica)
-        .options(
+        serve.deployment(
             name=at(name),
             ray_actor_options={
                 "num_cpus": config.cpus_per_replica,
@@ -97,11 +96,10 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
             health_check_period_s=2.0,
             logging_config=quiet,
             **_scale(config),
-        )
-        .bind(config, zoo, name, checkpoint, shared)
+        )(EngineReplica).bind(config, zoo, name, checkpoint, shared)
         for name, checkpoint in served_models(config).items()
     ]
-    door = serve.deployment(serve.ingress(api)()).options(
+    door = serve.deployment(
         name="api",
         num_replicas=config.http_replicas,
         ray_actor_options=free,
@@ -109,7 +107,7 @@ def build_app(config: ServeConfig, zoo: ZooConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.timeout_s,
     )
     # Bound for their place in the application: the API finds them by name.
-    return door.bind(shared, *engines)
+    return door(serve.ingress(api)()).bind(shared, *engines)
 
 
 def _deployment_name(model: str) -> str:

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from tinyflux.inference.config import PixelLimits
 from tinyflux.inference.events import Drawn, Step
@@ -18,6 +18,10 @@ from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.events import Accepted, Event, Refused
 from tinyflux.serving.http.errors import ApiError
 from tinyflux.serving.metrics import PictureMetrics
+
+if TYPE_CHECKING:  # their processes load models, this one does not
+    from tinyflux.serving.replica import EngineReplica
+    from tinyflux.serving.shared import SharedState
 
 # A picture that is lost with its replica is drawn again; one that kills replicas is not for ever.
 MAX_TRIES = 3
@@ -36,7 +40,10 @@ class EngineClient:
     """
 
     def __init__(
-        self, config: ServeConfig, engines: dict[str, DeploymentHandle], shared: DeploymentHandle
+        self,
+        config: ServeConfig,
+        engines: "Mapping[str, DeploymentHandle[EngineReplica]]",
+        shared: "DeploymentHandle[SharedState]",
     ):
         self.config, self._engines, self._shared = config, engines, shared
         self.started = int(time.time())
@@ -170,7 +177,8 @@ class EngineClient:
         self, model: str, request: SampleRequest, every_step: bool, started: float
     ) -> AsyncGenerator[Event, None]:
         """One try; it is cancelled at the replica when nobody listens any more."""
-        stream = self._engines[model].options(stream=True).draw.remote(request, every_step)
+        handle = self._engines[model].options(stream=True)
+        stream = cast("DeploymentResponseGenerator[Event]", handle.draw.remote(request, every_step))
         events, ended = aiter(stream), False
         try:
             while not ended:

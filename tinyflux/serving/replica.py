@@ -19,6 +19,7 @@ from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
 from tinyflux.serving.events import Accepted, Event, Refused
 from tinyflux.serving.metrics import EngineMetrics
+from tinyflux.serving.shared import SharedState
 from tinyflux.util.device import resolve_device
 from tinyflux.util.urls import is_url
 
@@ -46,7 +47,7 @@ class EngineReplica:
         zoo: ZooConfig,
         name: str,
         checkpoint: str,
-        shared: DeploymentHandle,
+        shared: "DeploymentHandle[SharedState]",
     ):
         self._name, self._checkpoint, self._shared = name, checkpoint, shared
         self._watch = config.watch_checkpoint

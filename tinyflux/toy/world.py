@@ -142,7 +142,7 @@ def _clip_tokenizer(captions: Sequence[str], sizes: WorldSizes) -> CLIPTokenizer
     learned = json.loads(bpe.to_str())["model"]
     return CLIPTokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]  # as BPE has them
         model_max_length=sizes.clip_positions,
     )
 
