@@ -1,18 +1,15 @@
 """A comparison's page: curves with bands, differences with intervals, and the pictures."""
 
-import base64
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-from PIL import Image
-
 from tinyflux import run_dir as names
 from tinyflux.compare.analysis import subtract
 from tinyflux.compare.record import CompareRecord, Comparison, Reached, TrialRecord
 from tinyflux.report.charts import Band, Line, chart
+from tinyflux.report.html import data_url, fill, twice_its_width
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import duration
 
@@ -28,10 +25,8 @@ def write_page(path: Path, record: CompareRecord, output: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(PAGE.read_text()).render(
+    page = fill(
+        PAGE,
         record=record,
         machines=sorted(
             {f"{one.machine}, threads of a trial: {one.threads}" for one in record.trials}
@@ -158,7 +153,4 @@ def _picture(trial: TrialRecord, output: Path) -> _Picture:
     grids = sorted((output / trial.run_dir / names.SAMPLES).glob("step_*.png"))
     if not grids:
         return _Picture(trial.arm, trial.seed, None, 0)
-    with Image.open(grids[-1]) as image:
-        width = 2 * image.width
-    url = "data:image/png;base64," + base64.b64encode(grids[-1].read_bytes()).decode()
-    return _Picture(trial.arm, trial.seed, url, width)
+    return _Picture(trial.arm, trial.seed, data_url(grids[-1]), twice_its_width(grids[-1]))

@@ -1,12 +1,8 @@
 """One self-contained HTML page that shows what a run did."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from PIL import Image
 
 from tinyflux import run_dir as names
 from tinyflux.cache.manifest import Manifest
@@ -15,6 +11,7 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.errors import TinyFluxError
 from tinyflux.report.charts import chart, lines_of
+from tinyflux.report.html import data_url, fill, twice_its_width
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.files import atomic_write
@@ -46,10 +43,8 @@ def _fill_page(run_dir: Path, run: RunConfig) -> str:
     steps = max(record["step"] for record in records)
     stages = _read(run_dir / names.STAGES) or {}
     served = _read(run_dir / names.SERVED)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(PAGE.read_text()).render(
+    return fill(
+        PAGE,
         title=f"TinyFlux run {run_dir.name}",
         run=run,
         evaluation=evaluation,
@@ -58,7 +53,7 @@ def _fill_page(run_dir: Path, run: RunConfig) -> str:
         attribution=ATTRIBUTION,
         drawn=_pictures(run_dir, evaluation, "picture"),
         shown=_pictures(run_dir, evaluation, "reference"),
-        served=served and {**served, "png": _data_url(run_dir / names.SERVED_PICTURE)},
+        served=served and {**served, "png": data_url(run_dir / names.SERVED_PICTURE)},
         grids=_grids(run_dir),
         charts=_charts(records),
         stages=stages,
@@ -71,27 +66,21 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _data_url(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def _pictures(run_dir: Path, evaluation: dict[str, Any], kind: str) -> list[dict[str, str]]:
     """Prompts and pictures of the evaluation: a ``"picture"`` drawn, or its ``"reference"``."""
     folder = run_dir / names.EVALUATION_PICTURES
     return [
-        {"prompt": pair["prompt"], "png": _data_url(folder / pair[kind])}
+        {"prompt": pair["prompt"], "png": data_url(folder / pair[kind])}
         for pair in evaluation["nearest"]["pictures"]
     ]
 
 
 def _grids(run_dir: Path) -> list[dict[str, Any]]:
     """The sample grids in the order of their steps, to be shown at twice their size."""
-    grids = []
-    for path in sorted((run_dir / names.SAMPLES).glob("*.png"), key=_step_of):
-        with Image.open(path) as picture:
-            width = 2 * picture.width
-        grids.append({"step": _step_of(path), "png": _data_url(path), "width": width})
-    return grids
+    return [
+        {"step": _step_of(path), "png": data_url(path), "width": twice_its_width(path)}
+        for path in sorted((run_dir / names.SAMPLES).glob("*.png"), key=_step_of)
+    ]
 
 
 def _charts(records: list[dict[str, Any]]) -> list[str]:
