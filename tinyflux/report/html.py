@@ -32,4 +32,5 @@ def data_url(picture: Path) -> str:
 def twice_its_width(picture: Path) -> int:
     """The pixels across at which a grid of small pictures is shown."""
     with Image.open(picture) as image:
-        return 2 * image.width
+        width: int = image.width
+    return 2 * width
