@@ -95,6 +95,27 @@ def test_sources_without_a_teacher_stand_beside_sources_with_one(cache):
         many.gather(rows, torch.tensor([9, 7, 7]))
 
 
+def test_sources_whose_captions_were_read_by_other_encoders_are_refused(cache):
+    t5, pooled = cache.encodings.null_text
+    columns = cache.encodings.columns()
+    named = {
+        "alike": (t5 + 1e-3 * t5.abs().max(), pooled),  # as another machine computes it
+        "untold": None,
+        "other": (t5 + 1, pooled),
+        "longer": (torch.cat([t5, t5]), pooled),
+    }
+    made = {
+        name: DatasetCache(EncodingCache(**columns, null_text=text), name=name)
+        for name, text in named.items()
+    }
+    many = MultiSourceCache().add(made["untold"], 0).add(cache, 1).add(made["alike"], 2)
+    for name in ("other", "longer"):
+        with pytest.raises(InputError, match=f"'{name}' has other embeddings of the empty caption"):
+            many.add(made[name], 3)
+    assert many.dataset_ids == (0, 1, 2)
+    assert many.null_text is cache.encodings.null_text
+
+
 def test_the_trainer_learns_from_the_caches(cache, tmp_path):
     torch.manual_seed(0)
     config = TrainerConfig(

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fixtures.worlds import student_config
+from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
+from tinyflux.cache.build import build
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.cache.job import BuildConfigs
+from tinyflux.cache.runner import LocalRunner
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader, read_held_out
 from tinyflux.distributed.data import measure_sol
@@ -52,6 +56,35 @@ def test_a_run_on_a_mixture_gets_its_weights_and_trains(caches):
     assert seen == [0, 8, 16, 24, 32, 40]
     validated = read_held_out(both, held_out)
     assert sum(map(len, validated.keys)) == held_out.sum()
+
+
+def build_again(folder, seed=0, **zoo):
+    """A cache of the same model whose captions other encoders, or another precision, read."""
+    made = zoo_config(make_world(folder / "world", seed))
+    pictures = write_pictures(folder / "pictures", CAPTIONS[:2], seed=3)
+    configs = BuildConfigs(
+        DataConfig(str(pictures), height=16, width=16),
+        replace(made, **zoo),
+        CacheConfig(str(folder / "cache"), extract_lune=False, extract_sol=False),
+        student_config(),
+    )
+    build(configs, LocalRunner(configs))
+    return MixSource(configs.cache.path)
+
+
+def test_caches_whose_captions_were_read_by_other_encoders_are_not_mixed(caches, tmp_path):
+    other = build_again(tmp_path, seed=1)
+    with pytest.raises(CacheError, match="embeddings of the empty caption") as refused:
+        CacheMixture([*caches, other])
+    assert caches[0].path in str(refused.value)
+    assert other.path in str(refused.value)
+
+
+def test_caches_of_one_encoder_in_two_precisions_are_mixed(caches, tmp_path):
+    half = build_again(tmp_path, dtype=torch.bfloat16)
+    both, alone = CacheMixture([*caches, half]), CacheMixture(caches[:1])
+    assert not torch.equal(both.caches[2].null_text[0], alone.null_text[0])
+    assert all(map(torch.equal, both.null_text, alone.null_text))
 
 
 def test_a_run_measures_sol_on_the_rows_that_it_trains_on(caches):

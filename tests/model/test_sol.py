@@ -9,18 +9,18 @@ from torch.utils.data import DataLoader
 
 from tests.fixtures.students import MODEL, make_batch
 from tests.fixtures.trainers import Encodings, Features, settings
-from tinyflux.cache.memory import (
+from tinyflux.data.batches import HeldOut
+from tinyflux.errors import CheckpointError, TrainingError
+from tinyflux.model.experts import SolPrior, SolUnits
+from tinyflux.model.loader import load_config, load_model, save_model
+from tinyflux.model.model import TinyFluxDeep, preset
+from tinyflux.trainer.cache_experts import (
     DatasetCache,
     EncodingCache,
     LuneFeatureCache,
     MultiSourceCache,
     SolFeatureCache,
 )
-from tinyflux.data.batches import HeldOut
-from tinyflux.errors import CheckpointError, TrainingError
-from tinyflux.model.experts import SolPrior, SolUnits
-from tinyflux.model.loader import load_config, load_model, save_model
-from tinyflux.model.model import TinyFluxDeep, preset
 from tinyflux.trainer.checkpoint import load_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine

@@ -13,6 +13,7 @@ from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.schema import GROUPS
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.text import NullText, same_null_text
 
 # What a sample of a cache without the teacher has instead; its mask is False.
 TEACHERS = {"lune": ("lune",), "sol": ("sol_stats", "sol_spatial")}
@@ -24,9 +25,13 @@ class CacheMixture:
     Args:
         check_files: see :class:`CachedDataset`.
 
+    Attributes:
+        t_buckets: ``[K]`` student times of the teachers' features.
+        null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, fp32, or None.
+
     Raises:
         CacheError: a cache that cannot be opened, or caches whose teachers were asked at different
-            times.
+            times or whose captions were read by different encoders.
     """
 
     def __init__(self, sources: Sequence[MixSource], check_files: bool = True):
@@ -39,14 +44,10 @@ class CacheMixture:
                 "the caches' teacher features are of different times: build them alike"
             )
         self.t_buckets = torch.tensor(times[0] if times else [])
+        self.null_text = _common_null_text(self.caches)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def null_text(self) -> tuple[Tensor, Tensor] | None:
-        """See :attr:`CachedDataset.null_text`; the first cache's."""
-        return self.caches[0].null_text
 
     def rows_of(self, source: int) -> range:
         """The rows of one cache."""
@@ -126,6 +127,19 @@ class CacheMixture:
                 # If none has it, the first says so.
                 needed = used and (there or not any(have))
                 cache.check(model, needed and teacher == "lune", needed and teacher == "sol")
+
+
+def _common_null_text(caches: Sequence[CachedDataset]) -> NullText | None:
+    """The empty caption's embeddings, those of the first cache that has them."""
+    known = [(cache.path, text) for cache in caches if (text := cache.null_text) is not None]
+    for path, text in known[1:]:
+        if not same_null_text(text, known[0][1]):
+            raise CacheError(
+                f"the caches '{known[0][0]}' and '{path}' hold different embeddings of the empty "
+                "caption, so their captions were not encoded alike: build one of them again with "
+                "the text encoders and settings of the other"
+            )
+    return known[0][1] if known else None
 
 
 def _joined(parts: list[tuple[Tensor, dict[str, Tensor]]], count: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 from tinyflux.data.batches import Place, StepData, TrainBatch
 from tinyflux.errors import InputError
+from tinyflux.model.text import NullText, same_null_text
 from tinyflux.util.seeding import generator
 
 
@@ -39,13 +40,13 @@ class LoaderSteps:
         self._accumulation, self._seed = accumulation, seed
 
     @property
-    def null_text(self) -> tuple[Tensor, Tensor] | None:
+    def null_text(self) -> NullText | None:
         """T5 ``[L, D]`` and pooled ``[P]`` embeddings of ``""``, where cache or dataset has them.
 
         Raises:
             InputError: the parts of the dataset have different ones.
         """
-        known: tuple[Tensor, Tensor] | None = getattr(self._cache, "null_text", None)
+        known: NullText | None = getattr(self._cache, "null_text", None)
         return _null_text_of(self._dataloader.dataset) if known is None else known
 
     @property
@@ -113,7 +114,7 @@ class LoaderSteps:
         return torch.full_like(index, known[0] if known else 0)
 
 
-def _null_text_of(dataset: Any) -> tuple[Tensor, Tensor] | None:
+def _null_text_of(dataset: Any) -> NullText | None:
     """The empty caption's embeddings that a dataset, or every part of it that has some, holds."""
     if isinstance(dataset, Subset):
         return _null_text_of(dataset.dataset)
@@ -121,7 +122,7 @@ def _null_text_of(dataset: Any) -> tuple[Tensor, Tensor] | None:
         return getattr(dataset, "null_text", None)
     parts = [text for text in map(_null_text_of, dataset.datasets) if text is not None]
     for text in parts[1:]:
-        if not all(map(torch.equal, text, parts[0])):
+        if not same_null_text(text, parts[0]):
             raise InputError(
                 "the datasets hold different embeddings of the empty caption, so they were not "
                 "encoded alike: build them with one zoo, or pass Trainer.setup null_text"
