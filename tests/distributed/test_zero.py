@@ -1,6 +1,6 @@
 """Real DeepSpeed on real process groups, without Ray: every ZeRO stage trains like plain torch.
 
-Slow: seven processes import torch and DeepSpeed, and train some 150 times four steps.
+Slow: seven processes import torch and DeepSpeed, and train some 160 times four steps.
 """
 
 import os
@@ -47,6 +47,9 @@ CONFIG = TrainerConfig(
     sample_every=None,
 )
 
+# Two groups of parameters, which ZeRO shards each for itself.
+DECAY = {"decay_matrices_only": True, "weight_decay": 0.5}
+
 
 def batch_at(step):
     batch = make_batch(BATCH, seed=step)
@@ -65,9 +68,10 @@ def build(arm, checkpoint):
     if checkpoint is not None:
         checkpoint.check(model)
         checkpoint.load_model(model)
+    config = replace(CONFIG, **arm.get("settings", {}))
     if "stage" not in arm:
-        return TorchEngine(model, CONFIG)
-    return DeepSpeedEngine(model, CONFIG, arm["stage"], arm.get("offload", False))
+        return TorchEngine(model, config)
+    return DeepSpeedEngine(model, config, arm["stage"], arm.get("offload", False))
 
 
 def worker(rank, world, port, arms, folder):
@@ -136,6 +140,9 @@ def trained(tmp_path_factory):
     arms |= {f"frozen{stage}": {"stage": stage, "frozen": True} for stage in (2, 3)}
     arms["frozen-torch"] = {"frozen": True}
     arms["accumulated3"] = {"stage": 3, "accumulate": 2}
+    arms["decayed-torch"] = {"settings": DECAY}
+    arms |= {f"decayed{stage}": {"stage": stage, "settings": DECAY} for stage in range(4)}
+    arms["decayed-offload2"] = {"stage": 2, "offload": True, "settings": DECAY}
     run(folder, 1, {f"one-{name}": arm for name, arm in arms.items()})
     run(folder, 2, {f"two-{name}": arm for name, arm in arms.items()})
     return folder
@@ -148,6 +155,12 @@ def test_every_stage_trains_like_plain_torch(trained, world):
     assert_same(trained, [f"{world}-{name}" for name in names], ULPS)
     assert_same(trained, [f"{world}-frozen-torch", f"{world}-frozen2", f"{world}-frozen3"], ULPS)
     assert_same(trained, [f"{world}-torch", f"{world}-accumulated3"], 1e-6)
+    decayed = ["decayed-torch", "decayed-offload2", *(f"decayed{stage}" for stage in range(4))]
+    assert_same(trained, [f"{world}-{name}" for name in decayed], ULPS)
+    spared, everything = (
+        load_checkpoint(trained / f"{world}-{name}").model for name in ("decayed2", "torch")
+    )
+    assert not torch.equal(spared["img_in.weight"], everything["img_in.weight"])
 
 
 def test_two_workers_train_like_one(trained):
@@ -160,11 +173,17 @@ def test_a_checkpoint_of_any_stage_continues_at_any_stage_and_size(trained):
     ways += [(f"zero{stage}", {"stage": stage}) for stage in range(4)]
     starts = ["two-zero1", "two-zero2", "two-zero3", "one-zero3"]
     arms = {f"{start}-as-{name}": {**arm, "from": start} for start in starts for name, arm in ways}
+    decayed = {
+        f"decayed-as-{name}": {**arm, "from": "two-decayed3", "settings": DECAY}
+        for name, arm in ways
+    }
+    arms |= decayed
     run(trained, 1, {f"{name}-on-one": arm for name, arm in arms.items()})
     run(trained, 3, {f"{name}-on-three": arm for name, arm in arms.items()})
     names = [f"{name}-on-{size}" for name in arms for size in ("one", "three")]
     assert load_checkpoint(trained / names[0]).state.step == 2 * STEPS
-    assert_same(trained, names, 2e-6)
+    assert_same(trained, [name for name in names if not name.startswith("decayed")], 2e-6)
+    assert_same(trained, [name for name in names if name.startswith("decayed")], 2e-6)
 
 
 def test_what_cannot_be_sharded_is_refused_in_one_sentence():

@@ -19,6 +19,7 @@ from tinyflux.trainer.schedules import (
     lr_at,
     sample_timesteps,
     warmup,
+    warmup_stable_decay,
 )
 
 
@@ -101,6 +102,26 @@ def test_decays_rise_to_one_and_fall_to_the_floor(schedule):
     assert schedule(0, 100, 0, 0.1) == 1
 
 
+def test_warmup_stable_decay_stays_and_falls_at_the_end():
+    values = [warmup_stable_decay(step, 100, 10, 0.1, 0.2) for step in range(120)]
+    assert values[0] == 0
+    assert values[5] == 0.5
+    assert values[10:81] == [1.0] * 71
+    assert all(a > b for a, b in itertools.pairwise(values[80:101]))
+    assert values[85] == pytest.approx(1 - 0.9 * 0.5)  # a quarter of the fall, whose root is half
+    assert values[100:] == [pytest.approx(0.1)] * 20
+    assert warmup_stable_decay(50, 100, 60, 0.1, 0.9) < 1  # the warm-up is never cut
+    assert warmup_stable_decay(99, 100, 0, 0.1, 0.0) == 1
+
+
+@given(st.integers(0, 79), st.integers(100, 10_000))
+def test_the_stable_rate_does_not_know_how_long_the_run_is(step, total):
+    """So a run may be made longer from any checkpoint before its fall."""
+    config = TrainerConfig(lr_scheduler="wsd", warmup_steps=30, total_steps=100)
+    longer = TrainerConfig(lr_scheduler="wsd", warmup_steps=30, total_steps=total)
+    assert lr_at(longer, step) == lr_at(config, step)
+
+
 def test_constant_and_warm_up_kinds():
     assert constant_with_warmup(500, 10) == 1
     assert warmup(5, 10, "cosine") == pytest.approx(0.5)
@@ -131,7 +152,8 @@ def test_learning_rate_moves_from_the_first_step_to_the_floor():
     [
         ({"optimizer": "adamv"}, "did you mean 'adamw'"),
         ({"snr_kind": "velocty"}, "did you mean 'velocity'"),
-        ({"lr_scheduler": "cos"}, "choose one of cosine, linear, constant"),
+        ({"lr_scheduler": "cos"}, "choose one of cosine, linear, constant, wsd"),
+        ({"lr_decay_ratio": 1.5}, "lr_decay_ratio must be between 0 and 1"),
         ({"text_dropout": 1.5}, "text_dropout must be between 0 and 1"),
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"dtype": torch.float16}, "float32 or bfloat16"),

@@ -89,10 +89,15 @@ def test_a_short_last_batch_counts_by_its_samples(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "adamw_8bit"])
-def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimizer):
+@pytest.mark.parametrize("matrices_only", [False, True])
+def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimizer, matrices_only):
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    constant = {"lr_scheduler": "constant", "optimizer": optimizer}
+    constant = {
+        "lr_scheduler": "constant",
+        "optimizer": optimizer,
+        "decay_matrices_only": matrices_only,
+    }
     straight = make_trainer(tmp_path / "a", **constant)
     straight.train(epochs=4)
     first = make_trainer(tmp_path / "b", total_steps=3, **constant)
@@ -106,6 +111,28 @@ def test_stopped_in_the_middle_of_a_pass_it_resumes_bit_for_bit(tmp_path, optimi
     assert torch.equal(shadow(second), shadow(straight))
     steps = [r["step"] for r in read_metrics(tmp_path / "b" / "logs" / "metrics.jsonl")]
     assert steps == sorted(set(steps))
+
+
+def test_a_run_that_stopped_in_its_stable_part_goes_on_and_falls_as_one_that_did_not(tmp_path):
+    """Also where it was meant to be shorter: the rate before the fall does not know."""
+    schedule = {"lr_scheduler": "wsd", "warmup_steps": 2, "lr_decay_ratio": 0.5}
+    straight = make_trainer(tmp_path / "a", total_steps=8, **schedule)
+    straight.train(epochs=9)
+    first = make_trainer(tmp_path / "b", total_steps=8, save_every_steps=3, **schedule)
+    first.train(epochs=2)
+    assert first.current_step == 4
+    second = make_trainer(tmp_path / "b", total_steps=8, **schedule)
+    second.load_checkpoint(str(tmp_path / "b" / "checkpoints" / "step_00000003"))
+    second.train(epochs=9)
+    assert second.current_step == 8
+    assert torch.equal(weights(second), weights(straight))
+    shorter = make_trainer(tmp_path / "c", total_steps=6, save_every_steps=3, **schedule)
+    shorter.train(epochs=9)
+    third = make_trainer(tmp_path / "d", total_steps=8, **schedule)
+    third.load_checkpoint(str(tmp_path / "c" / "checkpoints" / "step_00000003"))
+    third.train(epochs=9)
+    assert torch.equal(weights(third), weights(straight))
+    assert not torch.equal(weights(shorter), weights(straight))
 
 
 @pytest.mark.parametrize("warmup", [True, False])

@@ -17,12 +17,10 @@ from tinyflux.trainer.engine import (
     SkipCounter,
     autocast,
     average,
-    build_optimizer,
-    flatten_state,
     prepare_model,
-    restore_state,
     trainable_names,
 )
+from tinyflux.trainer.optimizers import build_optimizer, flatten_state, restore_state
 from tinyflux.trainer.sharding import (
     gather,
     padded_part,
@@ -223,6 +221,7 @@ class DeepSpeedEngine:
                 for name, parameter in by_name.items()
             }
             return gather(parts, {name: self._shapes[name] for name in self._names})
+        self._link_moments()
         whole: dict[str, Tensor] = {}
         for name, parameter in by_name.items():
             tensor = safe_get_full_optimizer_state(parameter, key)
@@ -284,7 +283,15 @@ class DeepSpeedEngine:
                 **{key: torch.zeros_like(shard) for key in MOMENTS},
             }
         if self._stage < 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's calls find the moments of every group of parameters.
+
+        It links them once, after the first group's step, when the others have none yet.
+        """
+        self._optimizer._hp_optimizer_states_linked = False
+        self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from tinyflux.util.config import nearest
 from tinyflux.util.picture_size import FormerSides
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
-LR_SCHEDULERS = ("cosine", "linear", "constant")
+LR_SCHEDULERS = ("cosine", "linear", "constant", "wsd")
 WARMUP_TYPES = ("linear", "cosine")
 LUNE_MODES = ("cosine", "mse", "huber")
 SNR_KINDS = ("epsilon", "velocity")
@@ -35,7 +35,7 @@ _PERIODS = (
     "save_every_steps", "save_every_epochs", "sample_every", "validate_every",
     "upload_every_steps", "upload_every_epochs",
 )  # fmt: skip
-_SHARES = ("lune_dropout", "sol_dropout", "text_dropout")
+_SHARES = ("lune_dropout", "sol_dropout", "text_dropout", "lr_decay_ratio")
 _SHARES_BELOW_ONE = ("ema_decay", "val_fraction")
 _POSITIVE = ("learning_rate", "shift", "snr_gamma", "huber_delta")
 _NOT_NEGATIVE = ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "logit_std")
@@ -54,8 +54,9 @@ class TrainerConfig:
         gradient_accumulation: Number of micro-batches per optimizer step.
         total_steps: Number of optimizer steps.
         warmup_steps: Optimizer steps in which the learning rate rises.
-        lr_scheduler: How it falls afterwards: ``"cosine"``, ``"linear"`` or ``"constant"``.
-        min_lr: The learning rate where cosine and linear end.
+        lr_scheduler: How it falls afterwards: ``"cosine"``, ``"linear"``, ``"constant"`` or
+            ``"wsd"``, which stays and falls in the last ``lr_decay_ratio`` of the steps.
+        min_lr: The learning rate where it ends, if it falls.
         warmup_type: How the learning rate rises: ``"linear"`` or ``"cosine"``.
         gradient_checkpointing: Keep no activations inside blocks and compute them again in the
             backward pass.
@@ -98,6 +99,9 @@ class TrainerConfig:
         upload_every_steps: Optimizer steps between uploads; None: no such uploads.
         upload_every_epochs: Epochs between uploads; None: no such uploads.
         dtype: Precision of autocast over fp32 weights: bfloat16 or float32.
+        decay_matrices_only: Decay the weights of linear layers alone: no biases, gains of norms,
+            gates, nor the per-head scales of Sol's map.
+        lr_decay_ratio: Share of ``total_steps`` in which the schedule ``"wsd"`` falls.
         batch_size: Samples per optimizer step over all workers, for runs from a cache.
         seed: Seed of the run; every draw follows from it and from the position in the run.
         val_fraction: Held-out share of a cache.
@@ -204,6 +208,10 @@ class TrainerConfig:
 
     # Precision
     dtype: torch.dtype = torch.bfloat16
+
+    # Beyond the published API: the recipe
+    decay_matrices_only: bool = False
+    lr_decay_ratio: float = 0.2
 
     # Beyond the published API
     batch_size: int = 64

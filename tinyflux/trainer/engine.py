@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyflux.errors import CheckpointError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.weights import misfits
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.optimizers import build_optimizer, flatten_state, restore_state
 from tinyflux.trainer.sharding import gather, parts_of, rank_and_world
 
 
@@ -201,107 +200,3 @@ def prepare_model(model: TinyFluxDeep, config: TrainerConfig) -> TinyFluxDeep:
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are not frozen, in the model's order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def build_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
-    """The configured optimizer.
-
-    Raises:
-        MissingDependencyError: ``adamw_8bit`` without bitsandbytes.
-    """
-    lr, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=lr, weight_decay=decay)
-    if config.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise MissingDependencyError(
-                "trainer.optimizer 'adamw_8bit' needs the package bitsandbytes: "
-                "pip install bitsandbytes, or use 'adamw'"
-            ) from error
-        eight_bit: torch.optim.Optimizer = AdamW8bit(
-            parameters, lr=lr, betas=config.betas, weight_decay=decay
-        )
-        return eight_bit
-    return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
-
-
-def flatten_state(
-    optimizer: torch.optim.Optimizer, names: list[str], parameters: list[nn.Parameter]
-) -> dict[str, Tensor]:
-    """An optimizer's state as ``<parameter>/<key>`` tensors, as they are."""
-    return {
-        f"{name}/{key}": torch.as_tensor(value).detach()
-        for name, parameter in zip(names, parameters, strict=True)
-        for key, value in optimizer.state[parameter].items()
-        if value is not None
-    }
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer,
-    names: list[str],
-    parameters: list[nn.Parameter],
-    state: Mapping[str, Tensor],
-) -> None:
-    """Inverse of :func:`flatten_state`.
-
-    Raises:
-        CheckpointError: state of another model or optimizer; nothing has changed then.
-    """
-    by_name: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for path, tensor in state.items():
-        name, _, key = path.rpartition("/")
-        if name not in by_name:
-            raise CheckpointError(
-                f"the checkpoint's optimizer state of '{name}' fits no trainable parameter: "
-                "use the model config that it was made with"
-            )
-        by_name[name][key] = tensor
-    for name, parameter in zip(names, parameters, strict=True):
-        _check_state(name, by_name[name], _state_shapes(optimizer, parameter))
-    # torch's own loader puts tensors on the right devices and knows which must stay on the CPU.
-    packed = optimizer.state_dict()
-    packed["state"] = {
-        index: {
-            key: int(tensor) if key == "step" and not _keeps_step_tensor(optimizer) else tensor
-            for key, tensor in by_name[name].items()
-        }
-        for index, name in enumerate(names)
-        if by_name[name]
-    }
-    optimizer.load_state_dict(packed)
-
-
-def _check_state(
-    name: str, given: Mapping[str, Tensor], expected: Mapping[str, torch.Size] | None
-) -> None:
-    """Refuse a parameter's state with other tensors than these; a weight may have none yet."""
-    if expected is None or not given:
-        return
-    if problems := misfits(expected, given).phrases():
-        raise CheckpointError(
-            f"the checkpoint's optimizer state does not fit: {name}/{problems[0]}; use the model "
-            "config and the trainer.optimizer that it was made with"
-        )
-
-
-def _state_shapes(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
-) -> dict[str, torch.Size] | None:
-    """What the optimizer keeps of a parameter; None for those whose layout is their own."""
-    step, shape = torch.Size(), parameter.shape
-    if isinstance(optimizer, torch.optim.AdamW):
-        return {"step": step, "exp_avg": shape, "exp_avg_sq": shape}
-    if isinstance(optimizer, torch.optim.Adafactor):
-        if parameter.ndim < 2:
-            return {"step": step, "variance": shape}
-        rows, columns = torch.Size((*shape[:-1], 1)), torch.Size((*shape[:-2], 1, shape[-1]))
-        return {"step": step, "row_var": rows, "col_var": columns}
-    return None
-
-
-def _keeps_step_tensor(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step count is a tensor, as in torch's own optimizers."""
-    return type(optimizer).__module__.startswith("torch.")

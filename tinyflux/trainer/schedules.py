@@ -97,6 +97,30 @@ def constant_with_warmup(step: int, warmup_steps: int, warmup_type: str = "linea
     return warmup(step, warmup_steps, warmup_type)
 
 
+def warmup_stable_decay(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    min_lr_ratio: float,
+    decay_ratio: float,
+    warmup_type: str = "linear",
+) -> float:
+    """Factor of the base rate: warm-up, then 1, then the fall of the last steps.
+
+    The stable part knows nothing of the run's length, so a run may be made longer from any
+    checkpoint before the fall (MiniCPM, Hu et al. 2024, arXiv:2404.06395). The fall is
+    ``1 - sqrt(progress)``, the best of the shapes that Haegele et al. 2024 (arXiv:2405.18392)
+    compared.
+
+    Args:
+        decay_ratio: share of ``total_steps`` in which it falls; the warm-up goes first.
+    """
+    if step < warmup_steps:
+        return warmup(step, warmup_steps, warmup_type)
+    first = max(warmup_steps, total_steps - round(decay_ratio * total_steps))
+    return 1 - (1 - min_lr_ratio) * math.sqrt(_decay_progress(step, total_steps, first))
+
+
 def lr_at(config: TrainerConfig, step: int) -> float:
     """Learning rate of optimizer step ``step``, counted from 0.
 
@@ -106,6 +130,15 @@ def lr_at(config: TrainerConfig, step: int) -> float:
     floor = min(1.0, config.min_lr / config.learning_rate)
     if config.lr_scheduler == "constant":
         factor = constant_with_warmup(step, config.warmup_steps, config.warmup_type)
+    elif config.lr_scheduler == "wsd":
+        factor = warmup_stable_decay(
+            step,
+            config.total_steps,
+            config.warmup_steps,
+            floor,
+            config.lr_decay_ratio,
+            config.warmup_type,
+        )
     else:
         schedule = cosine_schedule if config.lr_scheduler == "cosine" else linear_decay
         factor = schedule(step, config.total_steps, config.warmup_steps, floor, config.warmup_type)
