@@ -111,7 +111,9 @@ class Run:
                 yield StepData([self.batch], done + 1, 0, done + 1, size=1)
 
         config = dataclasses.replace(self.trainer, async_checkpoints=wanted)
-        paths = RunPaths(root, root / "samples", root / "tb", root / "metrics.jsonl")
+        paths = RunPaths(
+            root, root / "samples", root / "tb", root / "metrics.jsonl", root / "best.json"
+        )
         loop = TimedLoop(
             self.engine,
             config,

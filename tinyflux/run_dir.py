@@ -5,6 +5,7 @@
     config.yaml        the resolved settings
     checkpoints/       step_00001000/, epoch_0003/, ...; in each a trainer_state.json, written last
     metrics.jsonl      a line per log step
+    best.json          the checkpoint that is best by trainer.best_metric, and its value
     samples/           grids that were drawn while training
     tb/                TensorBoard's files
     final/             the finished student; its training.json is written last
@@ -22,6 +23,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
+BEST = "best.json"
 SAMPLES = "samples"
 TENSORBOARD = "tb"
 FINAL = "final"

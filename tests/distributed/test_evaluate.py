@@ -40,6 +40,8 @@ from tinyflux.distributed.evaluate import measure
 from tinyflux.evaluation.config import EvaluateConfig
 from tinyflux.model.config import ZooConfig
 from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.logging import log_to_console
+log_to_console()
 packed = [json.loads(part) for part in sys.argv[1:]]
 kinds = (EvaluateConfig, SampleConfig, ZooConfig)
 configs = [from_dict(kind, part, "test") for kind, part in zip(kinds, packed)]
@@ -97,15 +99,16 @@ def job(place, **changes):
     return EvaluateConfig(**evaluate), sample, zoo_config(place / "world"), *places
 
 
-def measured(place, head):
-    """What a driver of its own gives."""
-    arguments = [json.dumps(to_dict(part)) for part in job(place)]
+def measured(place, head, **changes):
+    """What a driver of its own gives, and what it said."""
+    arguments = [json.dumps(to_dict(part)) for part in job(place, **changes)]
     driver = subprocess.run(
         [sys.executable, "-c", JOB, *arguments],
         env=head.environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert driver.returncode == 0, driver.stderr[-3000:]
-    return from_dict(Measured, json.loads(driver.stdout.splitlines()[-1]), "the record")
+    record = json.loads(driver.stdout.splitlines()[-1])
+    return from_dict(Measured, record, "the record"), driver.stdout + driver.stderr
 
 
 def files(folder):
@@ -113,7 +116,8 @@ def files(folder):
 
 
 def test_sets_are_measured_once_and_what_is_lost_is_made_again(head, place):
-    first = measured(place, head)
+    first, said = measured(place, head)
+    assert f"features of 0 of {2 * COUNT} real pictures are there" in said
     assert [chosen.name for chosen in first.sets] == ["train", "pairs"]
     pairs = first.sets[1]
     assert (pairs.count, pairs.drawn) == (COUNT, COUNT)
@@ -125,17 +129,40 @@ def test_sets_are_measured_once_and_what_is_lost_is_made_again(head, place):
         ("colour", "red"), ("colour", "blue"),
     }  # fmt: skip
     assert first.format_version == 1
-    # The cache's real pictures are kept with the cache, and nothing else is.
+    # Real pictures' features are kept with the cache, a file by set and extractor; drawn ones'
+    # with the run, for three batches of each set.
     kept, made = files(place / "cache" / "evaluation"), files(place / "run" / "evaluation")
-    assert (len(kept), len(made)) == (3, 9)
+    assert (len(kept), len(made)) == (4, 12)
     assert len(list((place / "run" / "evaluation" / "pairs").glob("*.png"))) == COUNT
 
     lost = next(iter(made))
     lost.unlink()
-    assert measured(place, head) == first
-    again = files(place / "run" / "evaluation")
-    assert {path for path in again if again[path] != made.get(path)} == {lost}
+    again, said = measured(place, head)
+    assert again == first
+    assert f"features of {2 * COUNT} of {2 * COUNT} real pictures are there" in said
+    now = files(place / "run" / "evaluation")
+    assert {path for path in now if now[path] != made.get(path)} == {lost}
     assert files(place / "cache" / "evaluation") == kept
+
+
+def test_an_extractor_that_is_added_computes_no_other_again(head, place):
+    one, two = "efficientnet-lite0", f"classifier:{place / 'classifier'}"
+    first, _ = measured(place, head, extractors=[one], sets=[])
+    kept = files(place / "cache" / "evaluation")
+    both, said = measured(place, head, extractors=[one, two], sets=[])
+    assert f"features of 0 of {COUNT} real pictures are there" in said
+    assert both.sets[0].spaces[0] == first.sets[0].spaces[0]
+    now = files(place / "cache" / "evaluation")
+    assert len(kept) == 1
+    assert len(now) == 2
+    assert now.items() >= kept.items()
+    # Another student is measured against the same real pictures.
+    torch.manual_seed(1)
+    save_model(TinyFluxDeep(student_config()), place / "run" / "final")
+    other, said = measured(place, head, extractors=[one, two], sets=[])
+    assert f"features of {COUNT} of {COUNT} real pictures are there" in said
+    assert f"features of 0 of {COUNT} drawn pictures are there" in said
+    assert other.weights != both.weights
 
 
 def test_a_set_that_cannot_be_read_is_one_sentence(place):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,20 @@ def test_teachers_run_on_their_own_latents(zoo):
     sigma = torch.tensor([0.2, 0.9])
     assert lune_features(zoo.load_lune(), latents, sigma, text).shape == (2, 16)
     assert sol_features(zoo.load_sol(), latents, sigma, text).spatial.shape == (2, 8, 8)
+
+
+def test_the_scale_of_latents_is_read_without_weights(world, tmp_path):
+    place = shutil.copytree(world, tmp_path / "world")
+    for weights in place.rglob("*.safetensors"):
+        weights.unlink()
+    zoo = zoo_config(place).build(student_config())
+    wanted = zoo_config(world).build(student_config())
+    assert zoo.downscale == wanted.downscale
+    wanted.load_vae()
+    assert zoo.downscale == wanted.downscale
+    lost = replace(zoo_config(place), vae_repo=str(tmp_path / "none")).build(student_config())
+    with pytest.raises(HubError, match="there is no directory"):
+        print(lost.downscale)
 
 
 def test_unload_offload_reload(zoo):

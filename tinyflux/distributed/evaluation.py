@@ -6,9 +6,11 @@ import torch
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import read_held_out
+from tinyflux.distributed.picture_figures import open_picture_figures
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.evaluation import Evaluator
 
@@ -16,7 +18,8 @@ from tinyflux.trainer.evaluation import Evaluator
 def is_evaluated(job: TrainingJob) -> bool:
     """Whether the run's weights are ever looked at."""
     config = job.trainer
-    return config.validate_every is not None or _draws(job)
+    looked_at = config.validate_every is not None or config.evaluate_every is not None
+    return looked_at or _draws(job)
 
 
 def build_evaluator(job: TrainingJob, device: torch.device) -> Evaluator:
@@ -34,17 +37,24 @@ def build_local_evaluator(
     held_out = None
     if config.validate_every is not None:
         held_out = read_held_out(data, data.held_out(config.val_fraction))
-    sampler = build_sampler(job, model, ema, device) if _draws(job) else None
-    return Evaluator(model, ema, config, data.t_buckets, held_out, sampler)
+    sampler = figures = None
+    if _draws(job) or config.evaluate_every is not None:
+        zoo = _load_encoders(job, device)
+        sampler = Sampler(zoo, model, ema, device, config.dtype) if _draws(job) else None
+        # As `tinyflux evaluate` draws, in the precision of the encoders.
+        if config.evaluate_every is not None:
+            measured = Sampler(zoo, model, ema, device, job.zoo.dtype)
+            figures = open_picture_figures(job, zoo, measured)
+    return Evaluator(model, ema, config, data.t_buckets, held_out, sampler, figures)
 
 
-def build_sampler(job: TrainingJob, model: TinyFluxDeep, ema: EMA, device: torch.device) -> Sampler:
-    """What draws the run's prompts with ``model``, its encoders loaded."""
+def _load_encoders(job: TrainingJob, device: torch.device) -> ModelZoo:
+    """What pictures are drawn with; a model that is missing is told now."""
     zoo = replace(job.zoo, device=str(device)).build(job.model)
     zoo.load_vae()
     zoo.load_t5()
     zoo.load_clip()
-    return Sampler(zoo, model, ema, device, job.trainer.dtype)
+    return zoo
 
 
 def _draws(job: TrainingJob) -> bool:

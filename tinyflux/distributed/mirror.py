@@ -3,14 +3,15 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tinyflux.errors import StorageError
-from tinyflux.run_dir import CHECKPOINT_STATE, CHECKPOINTS, DRAWN, MARKS, RAY
+from tinyflux.run_dir import BEST, CHECKPOINT_STATE, CHECKPOINTS, DRAWN, MARKS, RAY
 from tinyflux.storage.copies import local_directory
 from tinyflux.storage.remote import RemoteFolder
+from tinyflux.trainer.best import read_best
 from tinyflux.util.urls import is_url
 
 # The pictures of `tinyflux sample` may be millions of files.
@@ -63,8 +64,10 @@ class Mirror:
                     self._known[path] = state
             except FileNotFoundError:
                 continue  # pruned meanwhile
+        best = read_best(self.root / BEST)
+        spared = set() if best is None else {best.checkpoint}
         for kind, keep in self._keep.items():
-            self._prune(kind, keep)
+            self._prune(kind, keep, spared)
 
     def push_if_reached(self) -> None:
         """Upload, or leave it to a later time: a run is worth more than its network's bad hour."""
@@ -73,14 +76,14 @@ class Mirror:
         except StorageError as error:
             logger.warning("this checkpoint is not uploaded until the next one is: %s", error)
 
-    def _prune(self, kind: str, keep: int) -> None:
+    def _prune(self, kind: str, keep: int, spared: Collection[str]) -> None:
         there = self.folder.list(CHECKPOINTS)
         names = {path.split("/")[1] for path in there if path.endswith(CHECKPOINT_STATE)}
         old = sorted(name for name in names if name.startswith(f"{kind}_"))
         written = sorted(path.name for path in (self.root / CHECKPOINTS).glob(f"{kind}_*"))
         if written:  # later ones are damaged: the run has still to reach them, and replaces them
             old = [name for name in old if name <= written[-1]]
-        for name in old[: max(0, len(old) - keep)]:
+        for name in (one for one in old[: max(0, len(old) - keep)] if one not in spared):
             files = [path for path in there if path.startswith(f"{CHECKPOINTS}/{name}/")]
             for path in sorted(files, key=_turn, reverse=True):
                 self.folder.delete(path)

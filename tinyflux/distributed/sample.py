@@ -9,7 +9,6 @@ of which a picture is missing, the same way, so a job that was killed ends with 
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -26,7 +25,7 @@ from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.prompt_file import read_prompts, sample_requests
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.relay import answer, value_of
-from tinyflux.distributed.weights import load_student
+from tinyflux.distributed.weights import load_student, student_config, weights_fingerprint
 from tinyflux.errors import ConfigError
 from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import Sampler
@@ -68,10 +67,9 @@ def sample_prompts(config: SampleConfig, zoo: ZooConfig) -> str:
         raise ConfigError("sample.checkpoint and sample.output_dir must be set")
     lines = read_prompts(config.prompts, config.prompts_file)
     output = open_folder(config.output_dir)
-    student = load_student(config.checkpoint, "cpu", torch.float32)
-    models = dataclasses.replace(zoo, device="cpu").build(student.config)
+    models = dataclasses.replace(zoo, device="cpu").build(student_config(config.checkpoint))
     requests = sample_requests(lines, config, models.downscale)
-    notes = PictureNotes(weights_fingerprint(student), models.downscale)
+    notes = PictureNotes(weights_fingerprint(config.checkpoint), models.downscale)
     cuts = models.cut_tokens([request.prompt for request in requests])
     batches = list(_batches(config.batch_size, requests, notes, output))
     total, left = len(requests), sum(len(batch.missing) for batch in batches)
@@ -253,15 +251,6 @@ def _note_in(png: bytes) -> str | None:
             return note
     except (OSError, ValueError):
         return None
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """What tells a student's weights from others."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.float().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def read_picture(png: bytes) -> torch.Tensor:

@@ -121,4 +121,6 @@ class Training:
         remove_partial(job.paths.checkpoints)
         evaluations = self.build_evaluations(model, ema, data) if is_evaluated(job) else None
         saved = mirror.push_if_reached if mirror is not None else lambda: None
-        return Recorder(job.trainer, job.paths, evaluations, self.trackers(), saved)
+        return Recorder(
+            job.trainer, job.paths, evaluations, self.trackers(), saved, job.checkpoints
+        )

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,8 @@ from tinyflux import run_dir as names
 from tinyflux.cache.config import CacheConfig, MixSource
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader
-from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.config import SampleConfig, WorkersConfig
+from tinyflux.evaluation.config import EvaluateConfig
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.storage.copies import fetch, local_directory
 from tinyflux.storage.folder import Folder
@@ -32,6 +33,8 @@ class TrainRun(Protocol):
     trainer: TrainerConfig
     workers: WorkersConfig
     zoo: ZooConfig
+    evaluate: EvaluateConfig
+    sample: SampleConfig
 
 
 @dataclass
@@ -43,6 +46,7 @@ class TrainingJob:
         data: the caches to train on, one or a mixture.
         model: the student's architecture; ``trainer``, ``workers`` and ``zoo`` are the run's.
         attempt: names this start of the run.
+        evaluate: what pictures are measured by beside training; ``sample`` says how they are drawn.
     """
 
     run_dir: str
@@ -52,6 +56,8 @@ class TrainingJob:
     workers: WorkersConfig
     zoo: ZooConfig
     attempt: str
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
 
     @classmethod
     def of(cls, run: TrainRun) -> "TrainingJob":
@@ -64,6 +70,8 @@ class TrainingJob:
             workers=run.workers,
             zoo=run.zoo,
             attempt=f"train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            evaluate=run.evaluate,
+            sample=run.sample,
         )
 
     @cached_property
@@ -106,6 +114,7 @@ class TrainingJob:
             samples=self.root / names.SAMPLES,
             tensorboard=self.root / names.TENSORBOARD,
             metrics=self.root / names.METRICS,
+            best=self.root / names.BEST,
         )
 
     @property

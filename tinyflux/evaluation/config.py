@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from tinyflux.errors import ConfigError
 
-CACHE_SETS = ("held_out", "train")
+HELD_OUT, TRAIN = "held_out", "train"
+CACHE_SETS = (HELD_OUT, TRAIN)
 
 
 @dataclass

@@ -4,12 +4,12 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -47,16 +47,7 @@ def load_model(
     place = resolve_device(device)
     weights = _locate(os.fspath(source), WEIGHTS_NAME)
     if config is None:
-        beside = weights.with_name(CONFIG_NAME)
-        if beside.is_file():
-            config = load_config(str(beside))
-        elif not os.path.exists(source):
-            config = load_config(os.fspath(source))
-        else:
-            raise CheckpointError(
-                f"there is no {CONFIG_NAME} beside '{weights}': pass config=, the config that the "
-                f"checkpoint was trained with"
-            )
+        config = load_config_of(source)
     tensors = _read(weights)
     if strict:
         _check_depth(config, tensors, str(weights))
@@ -64,6 +55,57 @@ def load_model(
     model = TinyFluxDeep(config)
     model.load_state_dict(fitting, strict=False)
     return model.to(device=place, dtype=dtype).eval()
+
+
+def load_config_of(source: str | os.PathLike[str]) -> TinyFluxConfig:
+    """The config of the student that :func:`load_model` opens at ``source``, without its weights.
+
+    Raises:
+        CheckpointError: there is none.
+        HubError: a repository that cannot be fetched.
+    """
+    path = Path(source)
+    if not path.exists():
+        return load_config(source)
+    weights = path / WEIGHTS_NAME if path.is_dir() else path
+    if not weights.with_name(CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"there is no {CONFIG_NAME} beside '{weights}': pass config=, the config that the "
+            f"checkpoint was trained with"
+        )
+    return load_config(weights.with_name(CONFIG_NAME))
+
+
+def each_tensor(source: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that :func:`load_model` takes from ``source``, in the order of their names.
+
+    One at a time is in memory, but for a ``.pt`` file.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a broken one.
+        HubError: a repository that cannot be fetched.
+    """
+    path = _locate(os.fspath(source), WEIGHTS_NAME)
+    if path.suffix == ".pt":
+        read = _read(path)
+        yield from _in_order({name: name for name in read}, read.__getitem__)
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = {plain_name(name): name for name in file.keys()}  # noqa: SIM118
+            yield from _in_order(names, file.get_tensor)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"'{path}' is not a checkpoint that can be read: {first_line(error):.200}"
+        ) from error
+
+
+def _in_order(
+    names: Mapping[str, str], tensor_of: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    for plain in sorted(names):
+        if not plain.startswith(UNUSED_PUBLISHED_PREFIXES):
+            yield plain, tensor_of(names[plain])
 
 
 def load_config(source: str | os.PathLike[str]) -> TinyFluxConfig:

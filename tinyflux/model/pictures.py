@@ -1,7 +1,7 @@
 """Pictures into a VAE's latents."""
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(items[start : start + size])
 
 
-def downscale(vae: AutoencoderKL) -> int:
-    """Pixels per latent along a side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+def downscale(config: Mapping[str, Any]) -> int:
+    """Pixels per latent along a side, by a VAE's config."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def encode_pictures(vae: AutoencoderKL, images: Sequence[Image.Image], batch_siz
     for image in images:
         if not isinstance(image, Image.Image):
             raise InputError(f"a picture must be a PIL image, not {type(image).__name__}")
-    size, step = images[0].size, downscale(vae)
+    size, step = images[0].size, downscale(vae.config)
     if any(image.size != size for image in images):
         sizes = sorted({f"{image.width} x {image.height}" for image in images})
         raise InputError(f"pictures of one batch must have one size, not {', '.join(sizes[:4])}")

@@ -1,6 +1,8 @@
 """Frozen models from hub repositories or local directories, each failure one sentence."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,28 @@ def open_pretrained(
     """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
     place = f"{repo}/{subfolder}" if subfolder else repo
     local = os.path.isdir(repo)
-    if not local and _looks_local(repo):
-        raise HubError(
-            f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
-        )
+    _check_directory(cls, repo, local)
     options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
     if dtype is not None:
         options["dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"] = dtype
     if issubclass(cls, PreTrainedModel | ModelMixin):
         options["use_safetensors"] = True  # a pickle can run anything as it is opened
-    try:
+    with _one_sentence(cls, place, local):
         return cls.from_pretrained(repo, **options)
+
+
+def _check_directory(cls: Any, repo: str, local: bool) -> None:
+    if not local and _looks_local(repo):
+        raise HubError(
+            f"there is no directory '{repo}' to load {cls.__name__} from: check the path"
+        )
+
+
+@contextmanager
+def _one_sentence(cls: Any, place: str, local: bool) -> Iterator[None]:
+    """Within it, what the libraries raise about ``place`` is a HubError of one sentence."""
+    try:
+        yield
     except Exception as error:  # the libraries raise OSError, ValueError and hub errors alike
         kind = "directory" if local else "hub repository (is the network reachable?)"
         raise HubError(
@@ -55,8 +68,25 @@ def _looks_local(repo: str) -> bool:
 
 def open_vae(repo: str, dtype: torch.dtype) -> AutoencoderKL:
     """A VAE, at the repository's root or in ``vae/``."""
+    return open_pretrained(AutoencoderKL, repo, _vae_folder(repo), dtype)
+
+
+def open_vae_config(repo: str) -> Mapping[str, Any]:
+    """The config of :func:`open_vae`'s VAE, without its weights.
+
+    Raises:
+        HubError: there is none, or it cannot be read.
+    """
+    local = os.path.isdir(repo)
+    _check_directory(AutoencoderKL, repo, local)
+    with _one_sentence(AutoencoderKL, repo, local):
+        config: dict[str, Any] = AutoencoderKL.load_config(repo, subfolder=_vae_folder(repo))
+        return config
+
+
+def _vae_folder(repo: str) -> str:
     at_root = os.path.isfile(os.path.join(repo, "config.json"))
-    return open_pretrained(AutoencoderKL, repo, "" if at_root else "vae", dtype)
+    return "" if at_root else "vae"
 
 
 def open_teacher(repo: str, folder: str, filename: str, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -5,7 +5,7 @@ A local directory goes wherever a hub repository's name goes.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from transformers import (
 
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.model.pictures import batches, downscale, encode_pictures
-from tinyflux.model.pretrained import open_pretrained, open_teacher, open_vae
+from tinyflux.model.pretrained import open_pretrained, open_teacher, open_vae, open_vae_config
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
 from tinyflux.util.config import nearest
 from tinyflux.util.device import resolve_device
@@ -70,6 +70,7 @@ class ModelZoo:
         self.text_padding, self.vae_shift = text_padding, vae_shift
         self._models: dict[str, Any] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._vae_config: Mapping[str, Any] | None = None
         self._digests: dict[str, str] = {}
         self._loaders: dict[str, Callable[[], Any]] = {
             "vae": self.load_vae,
@@ -208,8 +209,12 @@ class ModelZoo:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent along a side."""
-        return downscale(self.load_vae())
+        """Pixels per latent along a side, for which the VAE's config suffices."""
+        if "vae" in self._models:
+            return downscale(self._models["vae"].config)
+        if self._vae_config is None:
+            self._vae_config = open_vae_config(self.vae_repo)
+        return downscale(self._vae_config)
 
     def encode_image(self, image: Image.Image) -> Tensor:
         """Student latents ``[C, h, w]`` of one RGB picture."""

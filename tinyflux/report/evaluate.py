@@ -20,6 +20,8 @@ from tinyflux.distributed.evaluate import measure
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.distributed.relay import errors_as_raised
+from tinyflux.distributed.resume import first_weights
+from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.inference.sampler import Sampler, decode
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
@@ -101,8 +103,7 @@ def _evaluate(packed: dict[str, Any]) -> None:
 def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     device = resolve_device(run.zoo.device)
     trained = load_model(run_dir / FINAL, device=str(device), dtype=torch.float32)
-    torch.manual_seed(run.trainer.seed)
-    untrained = TinyFluxDeep(run.model).to(device).eval()
+    untrained = first_weights(TrainingJob.of(run), device).eval()
     if untrained.sol_units is not None and trained.sol_units is not None:
         untrained.sol_units.load_state_dict(trained.sol_units.state_dict())
     models = {"untrained": untrained, "trained": trained}

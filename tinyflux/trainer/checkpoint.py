@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -242,8 +242,10 @@ def epoch_directory(root: str | os.PathLike[str], epoch: int) -> Path:
     return Path(root) / f"epoch_{epoch:04d}"
 
 
-def prune(newest: Path, keep: int) -> None:
+def prune(newest: Path, keep: int, spared: Collection[str] = ()) -> None:
     """Delete all but ``keep`` checkpoints of one kind, steps or epochs, up to ``newest``.
+
+    Those of the names ``spared`` stay as well.
 
     Later ones, which a run that continued from an older one has still to reach, do not count:
     they are damaged, and will be replaced.
@@ -251,7 +253,8 @@ def prune(newest: Path, keep: int) -> None:
     kind = newest.name.split("_")[0]
     paths = sorted(newest.parent.glob(f"{kind}_*/{STATE_FILE}"))
     paths = [path for path in paths if path.parent.name <= newest.name]
-    for state in paths[: max(0, len(paths) - keep)]:
+    old = paths[: max(0, len(paths) - keep)]
+    for state in (path for path in old if path.parent.name not in spared):
         # First the file that makes it a checkpoint, so that a half-deleted one is never read.
         state.unlink()
         shutil.rmtree(state.parent, ignore_errors=True)

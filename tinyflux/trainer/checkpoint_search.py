@@ -3,6 +3,7 @@
 import logging
 import posixpath
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     folder = LocalFolder(root)
     name = next(_by_steps(folder, _names(folder)), None)
     return None if name is None else Path(root) / name
+
+
+def checkpoints_by_step(folder: Folder) -> dict[int, str]:
+    """Names of the checkpoints in ``folder`` whose state can be read, by their steps."""
+    found: dict[int, str] = {}
+    for name in _names(folder):
+        with suppress(DamagedCheckpointError):
+            found[_read_step(folder, name)] = name
+    return found
 
 
 def _names(folder: Folder) -> list[str]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from tinyflux.errors import ConfigError
+from tinyflux.trainer.direction import MEASURED, check_metric
 from tinyflux.util.config import nearest
 from tinyflux.util.picture_size import FormerSides
 
@@ -28,12 +29,12 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 _COUNTS = (
     "gradient_accumulation", "total_steps", "log_every", "batch_size", "keep_last_n_steps",
-    "keep_last_n_epochs",
+    "keep_last_n_epochs", "evaluate_pictures",
 )  # fmt: skip
 _OPTIONAL_COUNTS = ("sample_steps", "max_nonfinite_steps", "shift_tokens")
 _PERIODS = (
     "save_every_steps", "save_every_epochs", "sample_every", "validate_every",
-    "upload_every_steps", "upload_every_epochs",
+    "upload_every_steps", "upload_every_epochs", "evaluate_every",
 )  # fmt: skip
 _SHARES = ("lune_dropout", "sol_dropout", "text_dropout", "lr_decay_ratio")
 _SHARES_BELOW_ONE = ("ema_decay", "val_fraction")
@@ -128,6 +129,12 @@ class TrainerConfig:
         init_by_name: Draw each layer's first weights by the seed and its name, so that students
             that differ in some modules begin alike in all others; for runs from a cache. `tinyflux
             compare` sets it.
+
+        evaluate_every: Optimizer steps between figures of pictures: the EMA draws held-out captions
+            as ``sample`` says, and ``evaluate.extractors`` measure them. None takes none.
+        evaluate_pictures: The most pictures that are drawn for them.
+        best_metric: The number by which the best checkpoint is marked in ``best.json`` and kept,
+            such as ``eval_kid`` or ``val_velocity_ema``; None marks none.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -234,12 +241,18 @@ class TrainerConfig:
     max_nonfinite_steps: int = 10
     init_by_name: bool = False
 
+    # Figures of pictures beside training, and the best checkpoint
+    evaluate_every: int | None = None
+    evaluate_pictures: int = 100
+    best_metric: str | None = None
+
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
         self._check_choices()
         self._check_counts()
         self._check_numbers()
         self.former_sides.check(self)
+        self._check_best()
         if self.hf_repo_id is None and (self.upload_every_steps or self.upload_every_epochs):
             raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
 
@@ -287,6 +300,28 @@ class TrainerConfig:
         for name in _NOT_NEGATIVE:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "between 0 and 1")
+
+    def _check_best(self) -> None:
+        """Refuse a best checkpoint that could never be found."""
+        if self.best_metric is None:
+            return
+        try:
+            check_metric(self.best_metric)
+        except ConfigError as error:
+            raise ConfigError(f"trainer.best_metric: {error}") from error
+        name = "evaluate_every" if self.best_metric.startswith(MEASURED) else "validate_every"
+        every, saved = getattr(self, name), self.save_every_steps
+        if every is None or not self.val_fraction:
+            raise ConfigError(
+                f"trainer.best_metric '{self.best_metric}' needs trainer.{name} and a "
+                "trainer.val_fraction above 0"
+            )
+        if saved is None or every % saved:
+            raise ConfigError(
+                f"trainer.best_metric '{self.best_metric}' is known every {every} steps "
+                f"(trainer.{name}), which must be a multiple of trainer.save_every_steps, "
+                f"not of {saved}: a step without a checkpoint cannot be the best one"
+            )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

@@ -14,7 +14,8 @@ class Due:
         check: whether steps that were skipped in a row end the run.
         step_checkpoint, epoch_checkpoint: whether one of that kind is written, and
             step_upload, epoch_upload: whether it is uploaded, too.
-        validate: whether held-out losses are taken; draw: whether the prompts are drawn.
+        validate: whether held-out losses are taken; draw: whether the prompts are drawn;
+            measure: whether pictures are drawn and measured against held-out ones.
     """
 
     report: bool = False
@@ -25,6 +26,7 @@ class Due:
     epoch_upload: bool = False
     validate: bool = False
     draw: bool = False
+    measure: bool = False
 
     @classmethod
     def after(cls, config: TrainerConfig, step: int, finished_epoch: int | None) -> "Due":
@@ -47,6 +49,8 @@ class Due:
             validate=config.validate_every is not None
             and (last or every(config.validate_every, step)),
             draw=every(config.sample_every, step),
+            measure=config.evaluate_every is not None
+            and (last or every(config.evaluate_every, step)),
         )
 
     @classmethod
@@ -56,7 +60,11 @@ class Due:
         Of the first weights of all, that is their held-out losses.
         """
         validate = config.validate_every is not None and step % config.validate_every == 0
-        return cls(validate=validate, draw=every(config.sample_every, step))
+        return cls(
+            validate=validate,
+            draw=every(config.sample_every, step),
+            measure=every(config.evaluate_every, step),
+        )
 
 
 def every(period: int | None, count: int) -> bool:

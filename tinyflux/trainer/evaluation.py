@@ -17,6 +17,7 @@ from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import autocast
 from tinyflux.trainer.losses import compute_main_loss, compute_sol_loss
+from tinyflux.trainer.picture_figures import PictureFigures
 from tinyflux.trainer.step import Velocity
 from tinyflux.util.picture_size import fitting_size
 from tinyflux.util.predictions import flow_velocity, flow_x_t
@@ -34,12 +35,17 @@ class EvaluationRequest:
         step: optimizer steps done.
         validate: whether to take held-out losses; draw: whether to draw the prompts.
         grid: ``(H, W)`` of the training data's latents, for pictures whose size is not configured.
+        measure: whether to draw held-out captions and measure the pictures.
     """
 
     step: int
     validate: bool
     draw: bool
     grid: tuple[int, int]
+    measure: bool = False
+
+    def __bool__(self) -> bool:
+        return self.validate or self.draw or self.measure
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Evaluation:
     """What looking at the weights gave.
 
     Attributes:
-        values: as of :func:`validate`; empty if not asked for.
+        values: as of :func:`validate` and :meth:`PictureFigures.measure`, what was asked for.
         images: ``[B, 3, H, W]`` in [0, 1], one for each of the config's prompts; or None.
     """
 
@@ -77,6 +83,7 @@ class Evaluator:
     Args:
         held_out: samples to validate on, or None.
         sampler: draws ``config.sample_prompts`` with the EMA's weights, or None.
+        figures: measures pictures that the EMA's weights draw, or None.
     """
 
     def __init__(
@@ -87,11 +94,12 @@ class Evaluator:
         t_buckets: Tensor,
         held_out: HeldOut | None,
         sampler: Sampler | None,
+        figures: PictureFigures | None = None,
     ):
         self.model, self.ema, self.config = model, ema, config
         self._device = next(model.parameters()).device
         self._t_buckets = t_buckets.to(self._device)
-        self._held_out, self._sampler = held_out, sampler
+        self._held_out, self._sampler, self._figures = held_out, sampler, figures
         # A size that cannot be drawn is told now, and not when the first pictures are due.
         self._sides = _sample_sides(config, sampler)
 
@@ -103,6 +111,8 @@ class Evaluator:
                 values = validate(
                     self.model, self._held_out, self.config, self._t_buckets, self.ema
                 )
+        if request.measure and self._figures is not None:
+            values |= self._figures.measure()
         return Evaluation(request.step, values, self._draw(request.grid) if request.draw else None)
 
     def _draw(self, grid: tuple[int, int]) -> Tensor | None:

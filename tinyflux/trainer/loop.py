@@ -140,7 +140,7 @@ class TrainLoop:
             self.save("step", due.step_upload)
         if due.epoch_checkpoint:
             self.save("epoch", due.epoch_upload)
-        self._evaluate(due.validate, due.draw)
+        self._evaluate(self._request(due))
         if self.recorder is not None:
             self.recorder.take_evaluations()
 
@@ -187,25 +187,25 @@ class TrainLoop:
 
     def _evaluate_if_missing(self) -> None:
         """Look at the first weights, or at those of a step whose figures were lost with a kill."""
-        due = Due.before_first(self.config, self.state.step)
-        missing = [0.0, 0.0]  # only the main worker knows, and all must take part
+        request = self._request(Due.before_first(self.config, self.state.step))
+        missing = [0.0, 0.0, 0.0]  # only the main worker knows, and all must take part
         if self.recorder is not None:
-            lacking = self.recorder.lacks(self._request(due.validate, due.draw))
-            missing = [float(lacking.validate), float(lacking.draw)]
+            lacking = self.recorder.lacks(request)
+            missing = [float(one) for one in (lacking.validate, lacking.draw, lacking.measure)]
         shares = self.engine.average(torch.tensor(missing, device=self.engine.device))
-        validate, draw = (shares > 0).tolist()
-        self._evaluate(validate, draw)
+        validate, draw, measure = (shares > 0).tolist()
+        self._evaluate(replace(request, validate=validate, draw=draw, measure=measure))
         if self.recorder is not None:
             self.recorder.take_evaluations()
 
-    def _evaluate(self, validate: bool, draw: bool) -> None:
-        """Have the weights looked at; all workers take part."""
-        request = self._request(validate, draw and bool(self.config.sample_prompts))
-        if not (request.validate or request.draw):
+    def _evaluate(self, request: EvaluationRequest) -> None:
+        """Have the weights looked at, if anything is asked for; all workers take part."""
+        if not request:
             return
         weights, shadow = self.whole_weights()
         if self.recorder is not None and weights is not None and shadow is not None:
             self.recorder.evaluate(request, weights, shadow)
 
-    def _request(self, validate: bool, draw: bool) -> EvaluationRequest:
-        return EvaluationRequest(self.state.step, validate, draw, self._grid)
+    def _request(self, due: Due) -> EvaluationRequest:
+        draw = due.draw and bool(self.config.sample_prompts)
+        return EvaluationRequest(self.state.step, due.validate, draw, self._grid, due.measure)

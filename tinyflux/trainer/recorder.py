@@ -11,6 +11,8 @@ from typing import Literal
 from torch import Tensor
 
 from tinyflux.inference.sampler import sample_path, write_samples
+from tinyflux.storage.folder import Folder, LocalFolder
+from tinyflux.trainer.best import BestCheckpoint, read_best
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     epoch_directory,
@@ -19,6 +21,7 @@ from tinyflux.trainer.checkpoint import (
     step_directory,
 )
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.direction import HELD_OUT, MEASURED
 from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest, Evaluations
 from tinyflux.trainer.meter import StepFigures
 from tinyflux.trainer.metrics import MetricLog, best_record, read_metrics
@@ -42,6 +45,7 @@ class RunPaths:
     samples: Path
     tensorboard: Path
     metrics: Path
+    best: Path
 
 
 class Recorder:
@@ -53,6 +57,7 @@ class Recorder:
         evaluations: where the weights are looked at; without it nothing is validated or drawn.
         trackers: told the run's numbers beside those of ``config.trackers``.
         saved: called after each checkpoint, in the thread that wrote it.
+        checkpoints: those that the run goes on from, where they are elsewhere than it writes them.
     """
 
     def __init__(
@@ -62,8 +67,12 @@ class Recorder:
         evaluations: Evaluations | None = None,
         trackers: Sequence[Tracker] = (),
         saved: Callable[[], None] = lambda: None,
+        checkpoints: Folder | None = None,
     ):
         self.config, self.paths, self.evaluations = config, paths, evaluations
+        there = checkpoints or LocalFolder(paths.checkpoints)
+        self._best = BestCheckpoint(config.best_metric, paths.best, there)
+        self._newest: dict[CheckpointKind, Path] = {}
         self._more_trackers, self._saved = trackers, saved
         self._log: MetricLog | None = None
         self._uploader: Uploader | None = None
@@ -84,6 +93,9 @@ class Recorder:
             yield
             if self._writer is not None:
                 self._writer.wait()
+            self._best.mark()
+            for kind, path in self._newest.items():
+                prune(path, self._keep(kind), self._best.spared)
 
     def _open(self, step: int) -> None:
         config, paths = self.config, self.paths
@@ -96,6 +108,7 @@ class Recorder:
             step,
         )
         self._log = MetricLog(paths.metrics, [*trackers, *self._more_trackers], step)
+        self._best.resume(read_metrics(paths.metrics))
         if config.hf_repo_id is not None:
             self._uploader = Uploader(config.hf_repo_id, paths.checkpoints / ".uploads")
         if config.async_checkpoints:
@@ -146,6 +159,7 @@ class Recorder:
         self.take_evaluations(wait=True)
         if self._writer is not None:
             self._writer.wait()  # before the next copies are made, so that there is one set
+        self._best.mark()
 
     def save(self, kind: CheckpointKind, contents: CheckpointData, upload: bool) -> None:
         """Write a checkpoint, delete old ones of its ``kind``, and upload if asked.
@@ -153,21 +167,34 @@ class Recorder:
         With ``config.async_checkpoints`` only the copies are made here; a thread does the rest.
         """
         root, state = self.paths.checkpoints, contents.state
-        if kind == "step":
-            path, keep = step_directory(root, state.step), self.config.keep_last_n_steps
-        else:
-            path, keep = epoch_directory(root, state.epoch), self.config.keep_last_n_epochs
+        path = (
+            step_directory(root, state.step)
+            if kind == "step"
+            else epoch_directory(root, state.epoch)
+        )
         uploader = self._uploader if upload else None
+        # All figures of earlier steps are there by now, so these names hold until it is written.
+        tidy = partial(prune, path, self._keep(kind), self._best.spared)
+        self._best.add(state.step, path.name)
+        self._newest[kind] = path
         if self._writer is None:
-            self._write(path, contents, keep, uploader)
+            self._write(path, contents, tidy, uploader)
         else:
-            self._writer.submit(partial(self._write, path, contents.snapshot(), keep, uploader))
+            self._writer.submit(partial(self._write, path, contents.snapshot(), tidy, uploader))
+
+    def _keep(self, kind: CheckpointKind) -> int:
+        config = self.config
+        return config.keep_last_n_steps if kind == "step" else config.keep_last_n_epochs
 
     def _write(
-        self, path: Path, contents: CheckpointData, keep: int, uploader: Uploader | None
+        self,
+        path: Path,
+        contents: CheckpointData,
+        tidy: Callable[[], None],
+        uploader: Uploader | None,
     ) -> None:
         save_checkpoint(path, contents)
-        prune(path, keep)
+        tidy()
         if uploader is not None:
             uploader.submit(path, path.name)
         self._saved()
@@ -180,6 +207,7 @@ class Recorder:
             request.validate and not self.log.has(request.step, "val_velocity"),
             request.draw and not path.exists(),
             request.grid,
+            request.measure and not self.log.has(request.step, f"{MEASURED}kid"),
         )
 
     def evaluate(
@@ -197,25 +225,38 @@ class Recorder:
         if self.evaluations is not None:
             for evaluation in self.evaluations.take(wait):
                 self._record(evaluation)
+        self.check()
+        if not self.writing:
+            self._best.mark()
 
     def _record(self, evaluation: Evaluation) -> None:
         step, values, images = evaluation.step, evaluation.values, evaluation.images
         if values:
             self.log.write(step, values)
-            said = (f"{n.removeprefix('val_')} {value:.4f}" for n, value in values.items())
-            logger.info("step %d  held out: %s", step, "  ".join(said))
+            self._best.consider(step, values)
+        for prefix, what in ((HELD_OUT, "held out"), (MEASURED, "drawn")):
+            said = [f"{name.removeprefix(prefix)} {value:.4f}"
+                    for name, value in values.items() if name.startswith(prefix)]  # fmt: skip
+            if said:
+                logger.info("step %d  %s: %s", step, what, "  ".join(said))
         if images is not None:
             path = write_samples(images, self.config.sample_prompts, self.paths.samples, step)
             self.log.picture(step, "samples", image_grid(images))
             logger.info("step %d  samples: %s", step, path)
 
     def mark_best(self, final_step: int) -> None:
-        """Say at which step the EMA was best, if that is known."""
+        """Say at which step the EMA was best, and which checkpoint is marked, if that is known."""
         best = best_record(read_metrics(self.paths.metrics))
         if best is not None:
             logger.info(
                 "the EMA was best at step %d: held-out velocity %.4f; final is of step %d",
                 best["step"], best["val_velocity_ema"], final_step,
+            )  # fmt: skip
+        marked = read_best(self.paths.best)
+        if marked is not None:
+            logger.info(
+                "the best checkpoint by %s is %s: %.5g",
+                marked.metric, marked.checkpoint, marked.value,
             )  # fmt: skip
 
 

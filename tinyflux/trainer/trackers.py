@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tinyflux.errors import MissingDependencyError
+from tinyflux.trainer.direction import HELD_OUT, MEASURED
 from tinyflux.util.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -108,8 +109,11 @@ class SafeTracker:
 
 
 def grouped(name: str) -> str:
-    """``val_lune`` as ``validation/lune``, ``lr`` as ``train/lr``."""
-    return f"validation/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+    """A name by its group: ``validation/lune``, ``evaluation/kid``, ``train/lr``."""
+    for prefix, group in ((HELD_OUT, "validation"), (MEASURED, "evaluation")):
+        if name.startswith(prefix):
+            return f"{group}/{name.removeprefix(prefix)}"
+    return f"train/{name}"
 
 
 class TensorBoard:

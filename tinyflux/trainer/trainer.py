@@ -13,6 +13,7 @@ from tinyflux.data.batches import HeldOut, StepData, StepSource
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.weights import as_module
+from tinyflux.run_dir import BEST
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     TrainerState,
@@ -26,6 +27,7 @@ from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
+from tinyflux.trainer.picture_figures import PictureFigures
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.util.buckets import default_buckets
@@ -82,6 +84,7 @@ class Trainer:
         sampler: Sampler | None = None,
         null_text: tuple[Tensor, Tensor] | None = None,
         held_out: HeldOut | None = None,
+        figures: PictureFigures | None = None,
     ) -> None:
         """Say what to train on.
 
@@ -98,14 +101,22 @@ class Trainer:
                 dataset's (an EncodingCache, or Subset and ConcatDataset of some) or the sampler's
                 zoo's.
             held_out: samples to validate on.
+            figures: measures what the model's EMA draws, every ``config.evaluate_every`` steps;
+                :func:`tinyflux.trainer.picture_figures.figures_of_pictures` makes it.
 
         A model with ``sol_standardize`` that has not been trained yet takes the mean and spread of
         Sol's features from ``cache``, if it has a MultiSourceCache's ``sol_examples``; else
         ``model.sol_units.measure`` has to be called before.
 
         Raises:
-            InputError: captions are dropped and nobody knows the empty one's embeddings.
+            InputError: captions are dropped and nobody knows the empty one's embeddings, or
+                ``config.evaluate_every`` is set and nothing measures.
         """
+        if self.config.evaluate_every is not None and figures is None:
+            raise InputError(
+                "trainer.evaluate_every needs something that measures: pass Trainer.setup figures, "
+                "as of figures_of_pictures"
+            )
         if sampler is not None and sampler.device.type != self._device.type:
             raise InputError(
                 f"the sampler draws on {sampler.device} and the trainer trains on {self._device}: "
@@ -123,8 +134,9 @@ class Trainer:
             samples=Path(config.sample_dir),
             tensorboard=Path(config.tensorboard_dir),
             metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
+            best=Path(config.checkpoint_dir) / BEST,
         )
-        evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler)
+        evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler, figures)
         self._loop = TrainLoop(
             self._engine,
             config,
