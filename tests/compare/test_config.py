@@ -115,6 +115,7 @@ def test_a_mistake_is_one_sentence_that_names_the_place(tmp_path, change, senten
     ("change", "sentence"),
     [
         (("validate_every: 5", "validate_every: null"), "records no val_velocity_ema"),
+        (("seeds: 2", "seeds: 2\nmetric: eval_kid"), "records no eval_kid: it needs"),
         (("learning_rate: 1e-3", "learning_rate: -1"), "the arm 'shuffled': "),
         (("trainer.learning_rate: 1e-3", "cache.num_actors: 7"), "a cache.path of its own"),
         (("seeds: 2", "base: nowhere.yaml"), "nowhere.yaml' cannot be read"),
@@ -124,6 +125,17 @@ def test_values_that_cannot_work_are_refused_before_any_trial(tmp_path, change, 
     with pytest.raises(ConfigError) as met:
         make_trials(load(tmp_path, GOOD.replace(*change)))
     assert sentence in str(met.value)
+
+
+def test_a_figure_of_pictures_decides_in_its_own_direction(tmp_path):
+    text = GOOD.replace("validate_every: 5", "evaluate_every: 5")
+    text += "metric: eval_coverage\nmetrics: [eval_kid]\n"
+    config = load(tmp_path, text)
+    assert len(make_trials(config)) == len(config.names) * 2
+    assert not config.lower_is_better_of("eval_coverage")
+    assert config.lower_is_better_of("eval_kid")
+    turned = load(tmp_path, f"{text}lower_is_better: true")
+    assert turned.lower_is_better_of("eval_coverage")
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):

@@ -17,17 +17,22 @@ from PIL import Image
 from tests.fixtures.waiting import PATIENCE
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import build
-from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.runner import LocalRunner
-from tinyflux.distributed.config import SampleConfig
+from tinyflux.distributed.config import SampleConfig, WorkersConfig
 from tinyflux.distributed.evaluate import measure
+from tinyflux.distributed.training import Training
+from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import InputError
 from tinyflux.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
 from tinyflux.evaluation.config import EvaluateConfig, EvaluationSet
 from tinyflux.evaluation.record import Measured
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.best import read_best
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import from_dict, to_dict
 
 pytestmark = pytest.mark.slow
@@ -82,7 +87,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def job(place, **changes):
+def job(place, checkpoint="run/final", val_fraction=0.0, **changes):
     evaluate = {
         "extractors": ["efficientnet-lite0", f"classifier:{place / 'classifier'}"],
         "sets": [
@@ -94,8 +99,8 @@ def job(place, **changes):
         "smallest_group": 6,
         **changes,
     }
-    sample = SampleConfig(num_steps=2, batch_size=5, checkpoint=str(place / "run" / "final"))
-    places = (str(place / "cache"), 0.0, str(place / "run"))
+    sample = SampleConfig(num_steps=2, batch_size=5, checkpoint=str(place / checkpoint))
+    places = (str(place / "cache"), val_fraction, str(place / "run"))
     return EvaluateConfig(**evaluate), sample, zoo_config(place / "world"), *places
 
 
@@ -163,6 +168,42 @@ def test_an_extractor_that_is_added_computes_no_other_again(head, place):
     assert f"features of {COUNT} of {COUNT} real pictures are there" in said
     assert f"features of 0 of {COUNT} drawn pictures are there" in said
     assert other.weights != both.weights
+
+
+def test_figures_beside_training_are_those_of_evaluating_its_result(head, place):
+    torch.set_num_threads(1)
+    extractors = ["efficientnet-lite0", f"classifier:{place / 'classifier'}"]
+    trainer = TrainerConfig(
+        batch_size=2, gradient_accumulation=1, total_steps=2, save_every_steps=1, val_fraction=0.6,
+        evaluate_every=1, best_metric="eval_kid", keep_last_n_steps=1, text_dropout=0.0,
+        learning_rate=1e-2, warmup_steps=0, dtype=torch.float32,
+    )  # fmt: skip
+    training = TrainingJob(
+        str(place / "trained"), [MixSource(str(place / "cache"))], student_config(), trainer,
+        WorkersConfig(engine="torch"), zoo_config(place / "world"), "one",
+        EvaluateConfig(extractors), SampleConfig(num_steps=2, batch_size=5),
+    )  # fmt: skip
+    Training(training, torch.device("cpu")).run()
+    records = read_metrics(place / "trained" / "metrics.jsonl")
+    beside = {one["step"]: one for one in records if "eval_kid" in one}
+    assert sorted(beside) == [1, 2]
+    best = min(beside.values(), key=lambda one: one["eval_kid"])
+    marked = read_best(place / "trained" / "best.json")
+    assert (marked.step, marked.value) == (best["step"], best["eval_kid"])
+    assert (place / "trained" / "checkpoints" / marked.checkpoint).is_dir()
+
+    after, said = measured(
+        place, head, "trained/final", 0.6, extractors=extractors, sets=[], cache_sets=["held_out"]
+    )
+    (chosen,) = after.sets
+    count = chosen.count
+    assert count >= 6
+    assert f"features of {count} of {count} real pictures are there" in said
+    for space, suffix in zip(chosen.spaces, ("", "_classifier"), strict=True):
+        told = {name: one.value for name, one in space.figures.items() if "accuracy" not in name}
+        assert len(told) == 6
+        for name, value in told.items():
+            assert beside[2][f"eval_{name}{suffix}"] == pytest.approx(value, rel=1e-4), name
 
 
 def test_a_set_that_cannot_be_read_is_one_sentence(place):

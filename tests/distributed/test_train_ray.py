@@ -21,6 +21,7 @@ from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, zoo_config
 from tinyflux.errors import CacheError, ConfigError, TrainingError
 from tinyflux.model.loader import load_model
+from tinyflux.trainer.best import read_best
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.trainer import Trainer
@@ -31,9 +32,10 @@ pytest.importorskip("deepspeed")
 from tinyflux.cache.config import CacheConfig, DataConfig  # noqa: E402
 from tinyflux.cache.dataset import CachedDataset  # noqa: E402
 from tinyflux.distributed.build import build_cache  # noqa: E402
-from tinyflux.distributed.config import WorkersConfig  # noqa: E402
+from tinyflux.distributed.config import SampleConfig, WorkersConfig  # noqa: E402
 from tinyflux.distributed.train import train  # noqa: E402
 from tinyflux.distributed.train_local import train_local  # noqa: E402
+from tinyflux.evaluation.config import EvaluateConfig  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,6 +43,8 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 STEPS = 12
+# Of pictures, beside training.
+FIGURES = {"evaluate_every": 4, "best_metric": "eval_kid", "evaluate_pictures": 8}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,8 @@ def make_run(world, tmp_path_factory):
             trainer=trainer,
             workers=WorkersConfig(**workers),
             zoo=world.zoo,
+            evaluate=EvaluateConfig(),
+            sample=SampleConfig(num_steps=1, batch_size=4),
         )
 
     return make
@@ -112,6 +118,7 @@ def straight(make_run):
         sample_every=6,
         sample_prompts=CAPTIONS[:2],
         sample_steps=2,
+        **FIGURES,
     )
     assert train(run) == f"{run.run_dir}/final"
     return run
@@ -148,6 +155,10 @@ def test_a_run_leaves_everything_in_its_directory_and_is_left_alone_when_done(st
     assert list((root / "tb").iterdir())
     records = read_metrics(root / "metrics.jsonl")
     assert [r["step"] for r in records if "val_velocity_ema" in r] == [0, 6, 12]
+    measured = {r["step"]: r["eval_kid"] for r in records if "eval_kid" in r}
+    assert sorted(measured) == [4, 8, 12]
+    best = read_best(root / "best.json")
+    assert best.value == measured[best.step] == min(measured.values())
     model = load_model(str(path), device="cpu", dtype=torch.float32)
     ema = load_file(root / "checkpoints" / "step_00000012" / "ema.safetensors")
     assert same(dict(model.state_dict()), ema)
@@ -222,7 +233,7 @@ def test_another_number_of_workers_and_the_plain_trainer_continue_a_run(make_run
 
 def test_a_run_without_ray_is_the_run_that_ray_makes(make_run, straight):
     local = make_run("local", validate_every=6, sample_every=6, sample_prompts=CAPTIONS[:2],
-                     sample_steps=2)  # fmt: skip
+                     sample_steps=2, **FIGURES)  # fmt: skip
     train_local(replace_total(local, 4))
     assert train_local(local) == f"{local.run_dir}/final"
     torch.testing.assert_close(losses(local), losses(straight), rtol=0, atol=1e-6)

@@ -12,6 +12,7 @@ import yaml
 from tinyflux import run_dir
 from tinyflux.config import RunConfig, parse_run_config, setting_names
 from tinyflux.errors import ConfigError
+from tinyflux.trainer.direction import HELD_OUT, MEASURED, lower_is_better
 from tinyflux.util.config import from_dict, nearest
 from tinyflux.util.urls import check_url, is_url, join
 
@@ -45,8 +46,8 @@ class CompareConfig:
             the seed alone does.
         seeds: Seeds of the trials of every arm, a list, or a number n for 0 to n - 1.
         metric: The one that decides, named before the run: a number of ``metrics.jsonl``.
-        lower_is_better: Whether less of it is better.
-        metrics: More numbers that are shown, better in the same direction.
+        lower_is_better: Whether less of it is better; None: as is known of the metric.
+        metrics: More numbers that are shown, each better in the direction that is known of it.
         concurrent: Trials at a time, as far as the cluster has room.
         max_failures: How often a trial whose process died goes on from its checkpoint.
     """
@@ -59,7 +60,7 @@ class CompareConfig:
     seed_offset: dict[str, int] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     metric: str = "val_velocity_ema"
-    lower_is_better: bool = True
+    lower_is_better: bool | None = None
     metrics: list[str] = field(default_factory=list)
     concurrent: int = 2
     max_failures: int = 2
@@ -92,6 +93,12 @@ class CompareConfig:
     def _require_arm(self, name: str, where: str) -> None:
         if name not in self.arms:
             raise ConfigError(f"{where}: there is no arm '{name}'{nearest(name, self.arms)}")
+
+    def lower_is_better_of(self, metric: str) -> bool:
+        """Whether less of one of the numbers is better."""
+        if metric == self.metric and self.lower_is_better is not None:
+            return self.lower_is_better
+        return lower_is_better(metric)
 
     @property
     def names(self) -> list[str]:
@@ -255,12 +262,14 @@ def _trial_run(config: CompareConfig, arm: str, seed: int, run: RunConfig) -> Ru
 
 def _check_measured(config: CompareConfig, arm: str, run: RunConfig) -> None:
     """Refuse a comparison that would end without its metric."""
-    wanted = [name for name in (config.metric, *config.metrics) if name.startswith("val_")]
-    if wanted and (run.trainer.validate_every is None or not run.trainer.val_fraction):
-        raise ConfigError(
-            f"the arm '{arm}' records no {wanted[0]}: it needs trainer.validate_every and a "
-            "trainer.val_fraction above 0"
-        )
+    for prefix, setting in ((HELD_OUT, "validate_every"), (MEASURED, "evaluate_every")):
+        wanted = [name for name in (config.metric, *config.metrics) if name.startswith(prefix)]
+        every = getattr(run.trainer, setting)
+        if wanted and (every is None or not run.trainer.val_fraction):
+            raise ConfigError(
+                f"the arm '{arm}' records no {wanted[0]}: it needs trainer.{setting} and a "
+                "trainer.val_fraction above 0"
+            )
 
 
 def _check_caches(arms: Mapping[str, RunConfig]) -> None:

@@ -38,7 +38,7 @@ def make_record(
         name=name,
         metric=config.metric,
         metrics=metrics,
-        lower_is_better=config.lower_is_better,
+        lower_is_better=config.lower_is_better_of(config.metric),
         seeds=list(config.seeds),
         steps=run.trainer.total_steps,
         batch_size=run.trainer.batch_size,
@@ -133,7 +133,7 @@ def _comparisons(
             metric,
             curves(arm, metric),
             curves(to, metric),
-            config.lower_is_better,
+            config.lower_is_better_of(metric),
             paired=offsets[arm] == offsets[to],
         )
         for metric in metrics

@@ -42,6 +42,7 @@ from tinyflux.util.text import duration, last_line
 FREE_SECONDS = 120.0
 # What a trial's figures follow from. How many trials run at a time, or where Ray has room, is not.
 DECIDING = ("model", "trainer", "data", "zoo", "cache", "mix")
+MEASURING = ("evaluate", "sample")  # if pictures are measured beside training
 # Tune's own tables and TensorBoard's files of every trial: a run has its own.
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 
@@ -81,7 +82,7 @@ def check_same_run(trial: Trial) -> None:
     if not kept.is_file():
         return
     before, now = load_run_config(kept), trial.run
-    for section in DECIDING:
+    for section in (*DECIDING, *(MEASURING if now.trainer.evaluate_every else ())):
         was, is_now = getattr(before, section), getattr(now, section)
         if was != is_now:
             raise ConfigError(
