@@ -174,7 +174,7 @@ def test_figures_beside_training_are_those_of_evaluating_its_result(head, place)
     torch.set_num_threads(1)
     extractors = ["efficientnet-lite0", f"classifier:{place / 'classifier'}"]
     trainer = TrainerConfig(
-        batch_size=2, gradient_accumulation=1, total_steps=2, save_every_steps=1, val_fraction=0.6,
+        batch_size=2, gradient_accumulation=1, total_steps=2, save_every_steps=1, val_fraction=0.75,
         evaluate_every=1, best_metric="eval_kid", keep_last_n_steps=1, text_dropout=0.0,
         learning_rate=1e-2, warmup_steps=0, dtype=torch.float32,
     )  # fmt: skip
@@ -193,7 +193,13 @@ def test_figures_beside_training_are_those_of_evaluating_its_result(head, place)
     assert (place / "trained" / "checkpoints" / marked.checkpoint).is_dir()
 
     after, said = measured(
-        place, head, "trained/final", 0.6, extractors=extractors, sets=[], cache_sets=["held_out"]
+        place,
+        head,
+        checkpoint="trained/final",
+        val_fraction=0.75,
+        extractors=extractors,
+        sets=[],
+        cache_sets=["held_out"],
     )
     (chosen,) = after.sets
     count = chosen.count

@@ -88,7 +88,7 @@ def make_run(world, tmp_path_factory):
                 "ema_decay": 0.9,
                 "save_every_steps": 4,
                 "log_every": 1,
-                "val_fraction": 0.2,
+                "val_fraction": 0.35,
                 "dtype": torch.float32,
                 **changes,
             }
