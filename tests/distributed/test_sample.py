@@ -23,12 +23,13 @@ from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import zoo_config
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.prompt_file import read_prompts, sample_requests
-from tinyflux.distributed.sample import PictureNotes, read_picture
+from tinyflux.distributed.sample import PictureNotes
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
 from tinyflux.util.config import to_dict
+from tinyflux.util.images import read_picture
 
 JOB = """
 import json, sys

@@ -20,7 +20,6 @@ from torch import Tensor
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.distributed.evaluation_sets import Row, SetRows, picture_bytes
-from tinyflux.distributed.sample import read_picture
 from tinyflux.evaluation.drawing import DrawBatch, DrawSettings, as_stored
 from tinyflux.inference.sampler import decode
 from tinyflux.model.config import ZooConfig
@@ -29,6 +28,7 @@ from tinyflux.run_dir import EVALUATION_PICTURES
 from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_filesystem
 from tinyflux.util.config import dtype_name
+from tinyflux.util.images import read_picture
 
 FOLDER = EVALUATION_PICTURES  # in the run's directory, and of the same name in the cache's
 PICTURES_KEPT = 64  # of each set, drawn from the first seed, to be looked at

@@ -35,7 +35,7 @@ from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
-from tinyflux.util.images import image_grid, png_bytes
+from tinyflux.util.images import image_grid, png_bytes, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -251,10 +251,3 @@ def _note_in(png: bytes) -> str | None:
             return note
     except (OSError, ValueError):
         return None
-
-
-def read_picture(png: bytes) -> torch.Tensor:
-    """A picture as ``[3, H, W]`` in [0, 1]."""
-    with Image.open(io.BytesIO(png)) as image:
-        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""Pictures as PNG bytes, and many on one sheet."""
+"""Pictures as PNG bytes and back, and many on one sheet."""
 
 import io
 from math import ceil, sqrt
@@ -15,6 +15,13 @@ def png_bytes(image: torch.Tensor | Image.Image, note: PngInfo | None = None) ->
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=note)
     return buffer.getvalue()
+
+
+def read_picture(png: bytes) -> torch.Tensor:
+    """A picture file's bytes as ``[3, H, W]`` in [0, 1]."""
+    with Image.open(io.BytesIO(png)) as image:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
 def grid_columns(count: int) -> int:
