@@ -44,7 +44,7 @@ TRAIN = SPLITS[0]
 JUDGED = 512
 JUDGED_SEED = 1000
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tinyflux.toy.train_world")  # run as __main__
 
 # A stage's figures; those of quality are by split.
 Figures = dict[str, float | dict[str, float]]
