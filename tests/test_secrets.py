@@ -18,6 +18,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ENVIRONMENT, RAY, ROOT
 from tests.fixtures.waiting import PATIENCE, free_ports, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
@@ -98,13 +99,13 @@ def test_a_job_leaves_no_token_and_no_key_behind(folder, tmp_path):
     ports = free_ports(4)
     address = f"http://127.0.0.1:{ports[1]}"
     with (tmp_path / "head.log").open("w") as output:
-        head = subprocess.Popen(
+        head = keeper.start(
             [*RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
              "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={ports[0]}",
              f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
              f"--ray-client-server-port={ports[3]}", f"--temp-dir={folder}",
              "--object-store-memory=100000000"],
-            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     allowed = {"Authorization": f"Bearer {token}"}
 

@@ -21,3 +21,11 @@ def test_no_module_imports_from_another_test_module():
     for path in TESTS.rglob("*.py"):
         found = re.findall(r"^\s*from tests\S*\.(test_\w+) import", path.read_text(), re.MULTILINE)
         assert not found, f"{path.name} takes what {found} should not own"
+
+
+def test_children_are_started_with_a_keeper():
+    for path in TESTS.rglob("*.py"):
+        kept = path.name == "keeper.py" or "subprocess.Popen(" not in path.read_text()
+        assert kept or path.name in ("test_fixtures.py", "test_suite.py"), (
+            f"{path.name} starts a child that may outlive the tests: use keeper.start"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fixtures import keeper
 from tests.fixtures.caches import CAPTIONS
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
@@ -57,7 +58,7 @@ def file_of(run, tmp_path):
 
 def without_ray(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", WITHOUT_RAY, *arguments], env=environment)
+    return keeper.start([sys.executable, "-c", WITHOUT_RAY, *arguments], env=environment)
 
 
 def dataset(path):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ROOT
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
@@ -76,7 +77,7 @@ def done(folder, head):
     out, logs = folder / "out", [folder / "first.log", folder / "second.log"]
     place = {"cwd": ROOT, "env": {**head.environment, "OMP_NUM_THREADS": "1"}}
     with logs[0].open("w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=log, **place)
+        first = keeper.start(command, stdout=log, stderr=log, **place)
     try:
         # The second trial has a checkpoint: the first one is finished.
         wait_for(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fixtures import keeper
 from tests.fixtures.caches import CAPTIONS, assert_same, changed
 from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
@@ -65,7 +66,7 @@ def configs(tmp_path_factory):
 
 
 def start(configs, head):
-    return subprocess.Popen(
+    return keeper.start(
         [sys.executable, "-c", JOB, json.dumps(to_dict(configs))],
         env=head.environment,
         cwd=Path(__file__).parents[2],

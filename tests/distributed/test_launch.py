@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.fixtures import keeper
 from tests.fixtures.hosts.machines import machines, why_not
 from tests.fixtures.ray_head import ROOT, ray_processes, wait_for
 
@@ -73,10 +74,10 @@ class Launch:
         """A command, at the laptop."""
         output = self.folder / f"{len(self._started):02d}.log"
         with output.open("w") as stream:
-            process = subprocess.Popen(
+            process = keeper.start(
                 self.laptop.command(*words),
                 stdout=stream, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL,
             )  # fmt: skip
         process.output = output
         self._started.append(process)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ROOT
 from tests.fixtures.serving_place import make_place
 from tests.fixtures.waiting import PATIENCE, wait_for
@@ -145,7 +146,7 @@ def place(tmp_path_factory):
 def start(config, place, environment):
     words = [json.dumps(to_dict(config)), json.dumps(to_dict(zoo_config(place / "world")))]
     with Path(f"{config.output_dir}.log").open("a") as log:
-        return subprocess.Popen(
+        return keeper.start(
             [sys.executable, "-c", JOB, *words],
             env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip

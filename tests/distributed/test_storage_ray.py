@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ROOT, running_cluster
 from tests.fixtures.s3_server import BUCKET, s3_server
 from tests.fixtures.waiting import PATIENCE, wait_for
@@ -67,9 +68,9 @@ def test_a_run_in_a_bucket_survives_cut_wires_and_a_lost_machine(tmp_path, run, 
         bucket = RemoteFolder(f"s3://{BUCKET}")
 
         def start(*command):
-            return subprocess.Popen(
+            return keeper.start(
                 [sys.executable, "-m", "tinyflux", *command], env=ray.environment, cwd=tmp_path,
-                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
         def checkpoints():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
@@ -85,7 +86,7 @@ def run(tmp_path_factory):
 
 def start(run, environment):
     with Path(run.run_dir).with_suffix(".log").open("a") as log:
-        return subprocess.Popen(
+        return keeper.start(
             [sys.executable, "-c", JOB, json.dumps(to_dict(run))],
             env=environment, cwd=Path(__file__).parents[2], stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 
+from tests.fixtures import keeper
 from tests.fixtures.waiting import wait_for
 
 CHILD = r"""
@@ -36,7 +36,7 @@ run_stages([Stage("slow", "sleeps", ["-c", sys.argv[1]])], RunConfig(run_dir=str
 
 
 def test_a_run_that_is_terminated_ends_its_stage_and_waits_for_it(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], cwd=tmp_path)
+    parent = keeper.start([sys.executable, "-c", PARENT, CHILD], cwd=tmp_path)
     begun = tmp_path / "begun"
     wait_for(lambda: begun.exists() and begun.read_text().endswith("\n"))
     parent.send_signal(signal.SIGTERM)

@@ -43,7 +43,7 @@ def test_replicas_follow_the_queue(tmp_path):
     (place / "serve.yaml").write_text(yaml.safe_dump(config))
     url, enough = f"http://127.0.0.1:{port}", threading.Event()
     with running_cluster(tmp_path / "head.log") as cluster:
-        deploy(cluster, place / "serve.yaml")
+        deploy(cluster.address, place / "serve.yaml")
         wait_for(lambda: answers(f"{url}/readyz"))
 
         def replicas():

@@ -100,7 +100,7 @@ def server(tmp_path_factory):
     # Its proxies are asked to have our errors, and must find the package for that.
     proxies = {**HOOK, "PYTHONPATH": str(ROOT)}
     with running_cluster(place / "head.log", proxies) as cluster:
-        deploy(cluster, place / "serve.yaml")
+        deploy(cluster.address, place / "serve.yaml")
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: answers(f"{url}/readyz"))  # four processes import torch
         server = Server(url, cluster, place)

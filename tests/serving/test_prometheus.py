@@ -11,6 +11,7 @@ import subprocess
 import httpx
 import pytest
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ROOT, running_cluster, succeed
 from tests.fixtures.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
@@ -59,7 +60,7 @@ def test_prometheus_gets_every_metric_of_the_dashboard(tmp_path):
         settings = settings.replace("/tmp/ray/prom_metrics_service_discovery.json", str(listed))
         (tmp_path / "prometheus.yml").write_text(settings.replace("interval: 10s", "interval: 1s"))
         url = f"http://127.0.0.1:{free_ports(1)[0]}"
-        prometheus = subprocess.Popen(
+        prometheus = keeper.start(
             [str(PROMETHEUS), f"--config.file={tmp_path / 'prometheus.yml'}",
              f"--storage.tsdb.path={tmp_path / 'tsdb'}", f"--web.listen-address={url[7:]}"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.fixtures import keeper
 from tests.fixtures.ray_head import ENVIRONMENT, ROOT, Descendants, running_cluster
 from tests.fixtures.serving_place import make_place
 from tests.fixtures.waiting import PATIENCE, answers, free_ports, wait_for
@@ -45,10 +46,9 @@ def serving(place, environment):
     )
     save_run_config(run, place / "run.yaml")
     with (place / "serve.log").open("w") as log:
-        process = subprocess.Popen(
+        process = keeper.start(
             [sys.executable, "ray_jobs/serve.py", "--config", place / "run.yaml"],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
         )  # fmt: skip
         url = f"http://127.0.0.1:{run.serve.port}"
 
