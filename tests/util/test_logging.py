@@ -1,9 +1,12 @@
 """What the library logs, as the command line shows it."""
 
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 
+import tinyflux
 from tinyflux.util.logging import log_to_console
 
 logger = logging.getLogger("tinyflux.trainer.anything")
@@ -25,3 +28,13 @@ def test_other_libraries_are_not_spoken_for(capsys, name):
     log_to_console()
     logging.getLogger(name).info("of another")
     assert capsys.readouterr().out == ""
+
+
+def test_the_library_logs_and_its_command_line_prints():
+    library = Path(tinyflux.__file__).parent
+    for path in library.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Call)]  # fmt: skip
+        prints = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+        speaks = path.parent.name == "cli" or path == library / "util" / "logging.py"
+        assert speaks or not prints, f"{path} prints: let it log"

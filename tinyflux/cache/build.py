@@ -9,6 +9,7 @@ The work itself is a :class:`Runner`'s: Ray's, or this process's own.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from tinyflux.cache.store import Store
 from tinyflux.cache.tasks import Receipts, describe_tasks, read_receipts
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.util.config import to_dict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,7 +79,7 @@ def estimate(configs: BuildConfigs, runner: Runner) -> Estimate:
         configs.store.write(ESTIMATE_NAME, json.dumps(to_dict(made), indent=1).encode())
     rejected = plan.rejected
     if rejected.rows:
-        print(f"cache: {len(rejected.rows)} of {rejected.seen} pictures cannot be used", flush=True)
+        logger.info("cache: %d of %d pictures cannot be used", len(rejected.rows), rejected.seen)
     return made
 
 
@@ -93,9 +96,10 @@ def build(configs: BuildConfigs, runner: Runner) -> Manifest:
         manifest = _commit(configs, plan, receipts)
     if manifest.cut_captions:
         how = "data.long_captions: reject leaves them out"
-        print(f"cache: {manifest.cut_captions} ({how})", flush=True)
-    shards = len(manifest.shards)
-    print(f"cache: {manifest.rows} rows in {shards} shards at {configs.cache.path}", flush=True)
+        logger.info("cache: %s (%s)", manifest.cut_captions, how)
+    logger.info(
+        "cache: %d rows in %d shards at %s", manifest.rows, len(manifest.shards), configs.cache.path
+    )
     return manifest
 
 
@@ -155,7 +159,7 @@ def _encode(configs: BuildConfigs, runner: Runner, plan: Plan) -> Receipts:
     rows = {shard.name: shard.rows for shard in plan.shards}
     total, left = sum(rows.values()), sum(rows[name] for name in lacking)
     if receipts:
-        print(f"cache: {total - left} of {total} rows are there as they should be", flush=True)
+        logger.info("cache: %d of %d rows are there as they should be", total - left, total)
     tasks = describe_tasks(store, plan.shards, lacking, fingerprints)
     progress = Progress(runner, "encoded", "rows", total, total - left)
     failed = len(plan.rejected.rows)
@@ -168,7 +172,7 @@ def _encode(configs: BuildConfigs, runner: Runner, plan: Plan) -> Receipts:
         progress.add(rows[name])
     if len(receipts) != len(plan.shards) * len(fingerprints):
         raise CacheError("not every shard was built: run the job again to continue")
-    _print_work(receipts, lacking)
+    _log_work(receipts, lacking)
     if len(lacking) == len(plan.shards):
         _compare_with_estimate(store, receipts)
     return receipts
@@ -185,24 +189,24 @@ def _receipt_of(store: Store, shard: str, group: str, fingerprint: str) -> Recei
     return receipt
 
 
-def _print_work(receipts: Receipts, lacking: Mapping[str, Sequence[str]]) -> None:
-    """How many rows of each group were run through models."""
+def _log_work(receipts: Receipts, lacking: Mapping[str, Sequence[str]]) -> None:
+    """Log how many rows of each group were run through models."""
     rows: dict[str, int] = {}
     for shard, groups in lacking.items():
         for group in groups:
             rows[group] = rows.get(group, 0) + receipts[shard, group].computed
-    print(f"cache: computed {', '.join(f'{n} {g}' for g, n in rows.items())}", flush=True)
+    logger.info("cache: computed %s", ", ".join(f"{n} {g}" for g, n in rows.items()))
 
 
 def _compare_with_estimate(store: Store, receipts: Receipts) -> None:
-    """Print how a build from scratch went, against what was predicted, if it was."""
+    """Log how a build from scratch went, against what was predicted, if it was."""
     expected = read_estimate(store)
     if expected is None:
         return
     sizes: dict[str, int] = {}
     for (_, group), receipt in receipts.items():
         sizes[group] = sizes.get(group, 0) + (receipt.file.bytes if receipt.file else 0)
-    print(compare(expected, sizes, receipts.values()), flush=True)
+    logger.info("%s", compare(expected, sizes, receipts.values()))
 
 
 def _commit(configs: BuildConfigs, plan: Plan, receipts: Receipts) -> Manifest:
@@ -223,7 +227,7 @@ def _commit(configs: BuildConfigs, plan: Plan, receipts: Receipts) -> Manifest:
             shards.append(ShardInfo(shard.name, shard.rows, {ROWS: shard.file, **files}, dropped))
     check_rejected(configs.data, len(rejected.rows), rejected)
     if rejected.duplicates:
-        print(f"cache: {rejected.duplicates} samples are listed twice and kept once", flush=True)
+        logger.info("cache: %d samples are listed twice and kept once", rejected.duplicates)
     manifest = Manifest(
         rows=sum(shard.samples for shard in shards),
         recipe=plan.models.recipe,

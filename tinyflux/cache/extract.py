@@ -1,6 +1,7 @@
 """Pictures and captions to the columns of a dataset, in one process and without Ray."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import dtype_name, to_dict
 from tinyflux.util.predictions import flow_x_t
 from tinyflux.util.seeding import randn_for
+
+logger = logging.getLogger(__name__)
 
 # Raise a number when the code of its group changes what it computes.
 CODE_VERSIONS = {"latents": 1, "mask": 1, "text": 1, "lune": 1, "sol": 1}
@@ -205,7 +208,7 @@ class Extractor:
             self.batch_size = math.ceil(self.batch_size / 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            print(f"cache: out of memory, going on with batches of {self.batch_size}", flush=True)
+            logger.info("cache: out of memory, going on with batches of %d", self.batch_size)
 
     def null_text(self) -> tuple[Tensor, Tensor]:
         """The empty caption's embeddings ``[L, D]`` and ``[P]``."""

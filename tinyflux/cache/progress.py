@@ -1,8 +1,11 @@
 """How far a build is, for its terminal and for who watches it."""
 
+import logging
 import time
 
 from tinyflux.cache.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -18,9 +21,8 @@ class Progress:
         seconds = time.monotonic() - self._started
         rate = (self._done - self._first) / max(seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
-        print(
-            f"cache: {self._verb} {self._done}/{self._total} {self._unit}  "
-            f"{rate:.1f} {self._unit}/s  {left:.0f} s left",
-            flush=True,
-        )
+        logger.info(
+            "cache: %s %d/%d %s  %.1f %s/s  %.0f s left",
+            self._verb, self._done, self._total, self._unit, rate, self._unit, left,
+        )  # fmt: skip
         self._runner.show(self._unit, self._done, self._total, rate)

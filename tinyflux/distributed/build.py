@@ -29,6 +29,7 @@ from tinyflux.distributed.relay import answer, value_of
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.util.config import from_dict, to_dict
+from tinyflux.util.logging import log_to_console
 
 # Shards above these numbers share blocks. Few enough for the driver, enough to keep actors alike
 # busy to the end; receipts commit each shard all the same.
@@ -150,6 +151,8 @@ class _ShardActor:
 
 
 def _unpack(packed: dict[str, Any]) -> BuildConfigs:
+    """What to build, in a worker, whose lines Ray takes to the driver's console."""
+    log_to_console()
     return from_dict(BuildConfigs, packed, "the build's configs")
 
 

@@ -30,6 +30,8 @@ from tinyflux.serving.shared import SharedState
 from tinyflux.util.files import warn_if_readable
 from tinyflux.util.text import last_line
 
+logger = logging.getLogger(__name__)
+
 APP_NAME = "tinyflux"
 # Engines refuse what they have no room for, so nothing may wait where it cannot be refused.
 _UNBOUNDED = 100_000
@@ -160,11 +162,11 @@ def run_server(config: ServeConfig, zoo: ZooConfig) -> None:
     try:
         if session.run(lambda: _start(config, application), stop=stop.is_set):
             address = f"http://{config.host}:{config.port}"
-            print(f"serving {', '.join(models.values())} at {address} (docs at {address}/docs)",
-                  flush=True)  # fmt: skip
+            served = ", ".join(models.values())
+            logger.info("serving %s at %s (docs at %s/docs)", served, address, address)
             while not stop.wait(1.0):
                 session.check()
-            print("serving ends", flush=True)
+            logger.info("serving ends")
             # Drains; shutdown alone would cut requests off.
             session.run(lambda: serve.delete(APP_NAME), config.timeout_s + _DELETE_SECONDS)
     finally:
