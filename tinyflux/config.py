@@ -46,8 +46,9 @@ class RunConfig:
 
     Attributes:
         run_dir: Where the run writes, a directory or a URL.
-        preset: Model settings to start from: default, tiny-flux-deep (the published checkpoints')
-            or toy (the demo's); ``model`` changes single ones.
+        preset: Model settings to start from: s, b or l (for new students, by size), default (the
+            API document's), tiny-flux-deep (the published checkpoints') or toy (the demo's);
+            ``model`` changes single ones.
         data: Captioned pictures, and at which sizes they are encoded.
         zoo: The frozen models: encoders and teachers.
         cache: How the dataset is built from the pictures.

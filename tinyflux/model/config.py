@@ -247,6 +247,21 @@ class TinyFluxConfig:
         return from_dict(cls, data, where)
 
 
+# What the presets for new students have in common, most of it FLUX's: patches of 2 quarter the
+# tokens, norms of queries and keys bear higher rates, and padding is no text. Times are shifted as
+# SD3 does (Esser et al. 2024, arXiv:2403.03206): not at 256 px, towards noise above.
+_NEW_SETTINGS: dict[str, Any] = {
+    "attention_head_dim": 64,
+    "patch_size": 2,
+    "qk_norm": True,
+    "gated_single_mlp": True,
+    "mask_text_padding": True,
+    "time_scale": 1000.0,
+    "sol_standardize": True,
+    "timestep_shift": 1.0,
+    "timestep_shift_tokens": 1024,
+}
+
 PRESETS: dict[str, TinyFluxConfig] = {
     "default": TinyFluxConfig(),
     # The published checkpoints' 245M parameters.
@@ -259,6 +274,28 @@ PRESETS: dict[str, TinyFluxConfig] = {
         axes_dims_rope=(16, 56, 56),
         lune_dropout=0.1,
         **_PUBLISHED_SETTINGS,
+    ),
+    # 100M, 250M and 596M parameters, for runs of their own.
+    "s": TinyFluxConfig(
+        hidden_size=512,
+        num_attention_heads=8,
+        num_double_layers=5,
+        num_single_layers=12,
+        **_NEW_SETTINGS,
+    ),
+    "b": TinyFluxConfig(
+        hidden_size=768,
+        num_attention_heads=12,
+        num_double_layers=6,
+        num_single_layers=13,
+        **_NEW_SETTINGS,
+    ),
+    "l": TinyFluxConfig(
+        hidden_size=1152,
+        num_attention_heads=18,
+        num_double_layers=6,
+        num_single_layers=15,
+        **_NEW_SETTINGS,
     ),
     # What the demo and the tests train, on the toy world's encoders.
     "toy": TinyFluxConfig(
@@ -283,7 +320,7 @@ PRESETS: dict[str, TinyFluxConfig] = {
 
 
 def preset(name: str) -> TinyFluxConfig:
-    """A copy of the preset ``name``: ``"default"``, ``"tiny-flux-deep"`` or ``"toy"``."""
+    """A copy of the preset ``name``, one of :data:`PRESETS`."""
     if name not in PRESETS:
         raise ConfigError(
             f"unknown preset '{name}'{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}"
