@@ -212,6 +212,22 @@ def test_figures_beside_training_are_those_of_evaluating_its_result(head, place)
             assert beside[2][f"eval_{name}{suffix}"] == pytest.approx(value, rel=1e-4), name
 
 
+def test_pictures_of_training_are_measured_once_and_stand_beside_what_is_drawn(head, place):
+    shown = EvaluationSet("shown", str(place / "pairs.parquet"), labels=["colour"])
+    first, said = measured(place, head, cache_sets=[], trained_on=shown)
+    # The set is the training file itself: the same real features, made once for each.
+    assert f"of {2 * COUNT} real pictures are there" in said
+    network, judge = first.sets[0].spaces
+    for space in (network, judge):
+        # Every real picture is its own nearest.
+        assert space.figures["real_nearest_colour_accuracy"].value == 1.0
+        assert space.figures["nearest_colour_accuracy"].count == COUNT
+    assert judge.figures["chance_colour_accuracy_among_trained"].value == 0.5
+    again, said = measured(place, head, cache_sets=[], trained_on=shown)
+    assert again == first
+    assert f"features of {2 * COUNT} of {2 * COUNT} real pictures are there" in said
+
+
 def test_a_set_that_cannot_be_read_is_one_sentence(place):
     for changes, message in (
         ({"file": str(place / "none.parquet")}, "cannot be read from"),

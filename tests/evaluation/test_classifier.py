@@ -19,7 +19,7 @@ LABELS = {"colour": ["red", "green", "blue"], "size": ["small", "large"]}
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Classifier(ClassifierConfig(LABELS, side=16, channels=(4, 8))).eval()
+    return Classifier(ClassifierConfig(LABELS, side=16, channels=(4, 8), width=12)).eval()
 
 
 def test_a_classifier_comes_back_from_disk_in_half_precision(model, tmp_path):
@@ -40,7 +40,7 @@ def test_it_is_an_extractor_whose_features_give_its_logits(model, tmp_path):
     again, _ = load_classifier(tmp_path)
     for name, logits in extractor.logits(features).items():
         torch.testing.assert_close(logits, again(pictures)[name])
-    assert features.shape == (4, 8)
+    assert features.shape == (4, 12)
     with torch.no_grad():
         model.heads["size"].bias[0] += 1
     save_classifier(model, tmp_path)
@@ -72,6 +72,8 @@ def test_labels_that_the_classifier_does_not_know_are_left_out_and_told():
     made = label_accuracy(logits, LABELS["colour"], ["red", "pink"])
     assert (made.value, made.count) == (1.0, 1)
     assert "1 pictures have a label that the classifier does not know" in made.note
+    some = label_accuracy(logits, LABELS["colour"], ["red", "blue"], among=["red", "green"])
+    assert some.note == "chosen among 2 labels; 1 pictures have a label that is none of them"
     with pytest.raises(InputError, match="none of the wanted labels"):
         label_accuracy(logits, LABELS["colour"], ["pink", "pink"])
     with pytest.raises(InputError, match="do not fit"):

@@ -8,6 +8,7 @@ from tinyflux.evaluation.classifier import Classifier, ClassifierConfig, save_cl
 from tinyflux.evaluation.config import EvaluateConfig, EvaluationSet
 from tinyflux.evaluation.extractors import open_extractor
 from tinyflux.evaluation.figures import Pictures, figures, grouped, words_of
+from tinyflux.evaluation.neighbours import TrainedOn
 from tinyflux.evaluation.record import Measured, SetFigures
 from tinyflux.util.config import from_dict, to_dict
 
@@ -41,6 +42,35 @@ def test_every_metric_that_an_extractor_allows(judge):
     assert made.figures["real_tone_accuracy"].value == 1.0
     assert made.figures["tone_accuracy"].count == 20
     assert "kid" not in figures(judge, pictures_of(judge, 5, seeds=1), among=10).figures
+
+
+def test_labels_are_told_beside_chance_the_real_pictures_and_the_nearest_of_training(judge):
+    pictures = pictures_of(judge, 10, seeds=2)
+    # Features of which an untrained network sees both labels.
+    generator = torch.Generator().manual_seed(0)
+    pictures.real, pictures.drawn = (
+        torch.randn(n, judge.config.width, generator=generator) for n in (10, 20)
+    )
+    seen = judge.logits(pictures.real)["tone"].argmax(1).tolist()
+    pictures.labels = {"tone": [["dark", "light"][index] for index in seen]}
+    assert set(pictures.labels["tone"]) == {"dark", "light"}
+    pictures.trained = TrainedOn(pictures.real, pictures.labels)
+    made = figures(judge, pictures, among=10).figures
+    for metric in ("tone_accuracy", "tone_accuracy_among_set", "tone_accuracy_among_trained"):
+        assert made[f"real_{metric}"].value == 1.0
+        assert made[f"chance_{metric}"].value == 0.5
+        assert made[f"chance_{metric}"].note == "one of 2 labels"
+    # Every real picture is its own nearest.
+    assert made["real_nearest_tone_accuracy"].value == 1.0
+    assert made["nearest_tone_accuracy"].count == 20
+    assert pictures.part([1, 2]).trained is pictures.trained
+    # Of one label that training has, a classifier can choose no other.
+    pictures.trained = TrainedOn(pictures.real[:1], {"tone": ["dark"]})
+    only = figures(judge, pictures, among=10).figures["tone_accuracy_among_trained"]
+    assert (only.value, only.count) == (1.0, 2 * pictures.labels["tone"].count("dark"))
+    pictures.trained = TrainedOn(pictures.real[:1], {"tone": ["grey"]})
+    none = figures(judge, pictures, among=10).figures
+    assert not {"tone_accuracy_among_trained", "nearest_tone_accuracy"} & none.keys()
 
 
 def test_a_part_has_its_own_drawn_pictures(judge):
@@ -86,5 +116,7 @@ def test_a_section_that_cannot_work_is_refused():
         EvaluationSet("train", "a.parquet")
     with pytest.raises(ConfigError, match="needs a name and a file"):
         EvaluationSet("pairs", "")
+    with pytest.raises(ConfigError, match=r"trained_on needs the columns of labels"):
+        EvaluateConfig(trained_on=EvaluationSet("shown", "a"))
     with pytest.raises(ConfigError, match="different names"):
         EvaluateConfig(sets=[EvaluationSet("a", "a"), EvaluationSet("a", "b")])

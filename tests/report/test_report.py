@@ -6,7 +6,10 @@ import pytest
 from PIL import Image
 
 from tinyflux.config import RunConfig
+from tinyflux.evaluation.estimate import Estimate
+from tinyflux.evaluation.record import DrawnPicture, Measured, SetFigures, SpaceFigures
 from tinyflux.report.report import write_report
+from tinyflux.util.config import to_dict
 
 PROMPT = "<b>red & green</b>"
 SHARES = {"top1": 0.75, "top5": 1.0}
@@ -56,3 +59,30 @@ def test_a_page_tells_of_stages_losses_and_the_server_and_quotes_every_text(run,
     assert f"{4 * run.trainer.batch_size / 2:.0f} samples/s with start-up" in page
     assert page.count("&lt;b&gt;red &amp; green&lt;/b&gt;") == 7  # three figures twice, and HTTP's
     assert PROMPT not in page
+
+
+def test_a_page_has_the_figures_of_each_set_and_its_pictures(run, tmp_path):
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    figures = {
+        "thing_accuracy": Estimate(0.62, 0.55, 0.69, 60),
+        "fid": Estimate(9.0, note="<high>"),
+    }
+    space = SpaceFigures("classifier", "abc", figures, {"thing": Estimate(0.5, 0.4, 0.6, 90)})
+    shown = DrawnPicture(PROMPT, "evaluation/000.png", "evaluation/000.data.png")
+    sets = [
+        SetFigures("pairs", 60, 60, [space], pictures=[shown]),
+        SetFigures("held_out", 7, 7, [SpaceFigures("clip:a/b", "d")],
+                   pictures=[DrawnPicture("none", "evaluation/000.png")]),
+    ]  # fmt: skip
+    evaluation["measured"] = to_dict(Measured("abc", 4, 2.0, 1, sets))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    write_report(run)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h3>pairs</h3>" in page
+    assert "60 captions, 60 pictures" in page
+    assert "<td>62% (55% to 69%)</td>" in page
+    assert "classifier: &lt;high&gt;" in page
+    assert "that it never saw, classifier reaches" in page
+    assert "thing 50% (40% to 60%)" in page
+    assert page.count('alt="drawn: ') == 2
+    assert page.count('alt="real: ') == 1  # a cache's own pictures are not kept

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,17 @@ from tinyflux.distributed.evaluation_parts import (
     RealPictures,
     draw_settings,
     drawn_parts,
+    read_column,
     read_features,
     real_parts,
     write_features,
 )
-from tinyflux.distributed.evaluation_sets import SetRows, list_sets
+from tinyflux.distributed.evaluation_sets import (
+    SetRows,
+    list_file_set,
+    list_sets,
+    picture_bytes,
+)
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.relay import answer, value_of
 from tinyflux.distributed.weights import load_student, student_config, weights_fingerprint
@@ -34,14 +40,15 @@ from tinyflux.evaluation.config import EvaluateConfig
 from tinyflux.evaluation.drawing import draw, features_of
 from tinyflux.evaluation.extractors import FeatureExtractor, open_extractor
 from tinyflux.evaluation.figures import Pictures, figures, grouped
-from tinyflux.evaluation.record import Measured, SetFigures
+from tinyflux.evaluation.neighbours import TrainedOn
+from tinyflux.evaluation.record import DrawnPicture, Measured, SetFigures
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.config import ZooConfig
 from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
-from tinyflux.util.images import png_bytes
+from tinyflux.util.images import png_bytes, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +91,7 @@ class Job:
 
 @dataclass
 class _Parts:
-    """A set's parts: of its real pictures, and of the drawn ones by turn."""
+    """A set's parts: of its real pictures, and of the drawn ones by turn, if any are drawn."""
 
     chosen: SetRows
     real: list[Part]
@@ -123,13 +130,17 @@ def measure(
         )
         for chosen in list_sets(evaluate, cache, val_fraction, downscale)
     ]
-    real = [part for one in sets for part in one.real]
+    trained = None
+    if evaluate.trained_on is not None:
+        chosen = list_file_set(evaluate.trained_on, None, downscale)
+        trained = _Parts(chosen, real_parts(chosen, zoo, model.latent_shift), [])
+    real = [part for one in (*sets, *([trained] if trained else ())) for part in one.real]
     drawn = [part for one in sets for parts in one.drawn for part in parts]
     _make(job, [*_missing(job, real, extractors, "real"),
                 *_missing(job, drawn, extractors, "drawn")])  # fmt: skip
     measured = Measured(weights, sample.num_steps, sample.guidance_scale, evaluate.seeds)
     for one in sets:
-        measured.sets.append(_figures(job, evaluate, one, extractors))
+        measured.sets.append(_figures(job, evaluate, one, trained, extractors))
     return measured
 
 
@@ -214,14 +225,18 @@ class EvaluateActor:
         if part.kept:
             output = open_folder(self._job.output)
             for index, picture in enumerate(pictures, start=part.first):
-                output.write(f"{part.kept}/{index:05d}.png", png_bytes(picture))
+                output.write(part.kept_file(index), png_bytes(picture))
         return pictures
 
 
 def _figures(
-    job: Job, evaluate: EvaluateConfig, parts: _Parts, extractors: Sequence[FeatureExtractor]
+    job: Job,
+    evaluate: EvaluateConfig,
+    parts: _Parts,
+    trained: _Parts | None,
+    extractors: Sequence[FeatureExtractor],
 ) -> SetFigures:
-    """A set's figures from the files of its parts."""
+    """A set's figures from the files of its parts, and of the training pictures'."""
     rows, cache, output = parts.chosen, open_folder(job.cache), open_folder(job.output)
     drawn = [part for turn in parts.drawn for part in turn]
     pictures = [
@@ -230,6 +245,11 @@ def _figures(
             read_features(output, drawn, one.fingerprint),
             [row.caption for row in rows.rows],
             rows.labels,
+            None
+            if trained is None
+            else TrainedOn(
+                read_features(cache, trained.real, one.fingerprint), trained.chosen.labels
+            ),
         )
         for one in extractors
     ]
@@ -241,4 +261,19 @@ def _figures(
     columns = {**rows.columns, "size": [f"{row.width}x{row.height}" for row in rows.rows]}
     groups = grouped(extractors, pictures, columns, evaluate.smallest_group, among)
     count = len(rows.rows)
-    return SetFigures(rows.name, count, count * evaluate.seeds, spaces, groups)
+    kept = list(_keep_real(output, parts))
+    return SetFigures(rows.name, count, count * evaluate.seeds, spaces, groups, kept)
+
+
+def _keep_real(output: Folder, parts: _Parts) -> Iterator[DrawnPicture]:
+    """The drawn pictures that are kept, a file's real pictures beside them."""
+    chosen, column = parts.chosen, None
+    if chosen.file:
+        column = read_column(chosen.file, chosen.image_key)
+    for part in parts.drawn[0] if parts.drawn else ():
+        for index, row in enumerate(part.rows if part.kept else (), start=part.first):
+            drawn, real = part.kept_file(index), ""
+            if column is not None:
+                real = drawn.removesuffix(".png") + ".data.png"
+                output.write(real, png_bytes(read_picture(picture_bytes(column[row.row]))))
+            yield DrawnPicture(row.caption, drawn, real)

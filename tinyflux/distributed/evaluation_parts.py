@@ -63,6 +63,10 @@ class Part:
         by = hashlib.sha256(extractor.encode()).hexdigest()[:12]
         return f"{FOLDER}/{self.content}.{by}.safetensors"
 
+    def kept_file(self, index: int) -> str:
+        """Of the drawn picture at this place of the set, in the run's directory."""
+        return f"{self.kept}/{index:05d}.png"
+
     def drawn(self, downscale: int) -> DrawBatch:
         """What is drawn of it."""
         first = self.rows[0]
@@ -168,6 +172,11 @@ class RealPictures:
     def _pictures_of(self, file: str, key: str) -> pa.ChunkedArray:
         """A file's column of pictures."""
         if self._column is None or self._column[0] != (file, key):
-            system, path = open_filesystem(file)
-            self._column = (file, key), pq.read_table(path, columns=[key], filesystem=system)[key]
+            self._column = (file, key), read_column(file, key)
         return self._column[1]
+
+
+def read_column(file: str, key: str) -> pa.ChunkedArray:
+    """A column of a Parquet file at a path or a URL."""
+    system, path = open_filesystem(file)
+    return pq.read_table(path, columns=[key], filesystem=system)[key]

@@ -84,7 +84,7 @@ def list_sets(
         else:
             yield found
     for chosen in evaluate.sets:
-        yield _file_rows(chosen, evaluate.count, downscale)
+        yield list_file_set(chosen, evaluate.count, downscale)
 
 
 def list_cache_set(
@@ -124,8 +124,8 @@ def _cache_rows(name: str, data: CachedDataset, chosen: list[int], downscale: in
     return SetRows(name, "", "", rows, made_by=latents.fingerprint if latents else data.digest)
 
 
-def _file_rows(chosen: EvaluationSet, count: int, downscale: int) -> SetRows:
-    """The set of a Parquet file.
+def list_file_set(chosen: EvaluationSet, count: int | None, downscale: int) -> SetRows:
+    """At most ``count`` rows of the set of a Parquet file, evenly; None: all of them.
 
     Raises:
         InputError: no file, a column that it lacks, or a picture that the model cannot draw.
@@ -148,7 +148,7 @@ def _file_rows(chosen: EvaluationSet, count: int, downscale: int) -> SetRows:
         ) from error
     if not table.num_rows:
         raise InputError(f"the set '{chosen.name}' has no rows: '{chosen.file}' is empty")
-    indices = _thinned(np.arange(table.num_rows), count)
+    indices = _thinned(np.arange(table.num_rows), count or table.num_rows)
     pictures, captions = table[chosen.image_key], table[chosen.caption_key]
     rows = [
         _file_row(picture_bytes(pictures[at]), captions[at].as_py(), at, chosen, downscale)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -32,55 +33,69 @@ class ClassifierConfig:
     Attributes:
         labels: The labels that each head knows, by the head's name.
         side: Pixels of the squares that it looks at.
-        channels: Channels at each resolution, from the finest; the last are its features.
-        accuracy: What it reaches on real pictures that it was not trained on, by head.
+        channels: Channels at each resolution, from the finest, of half the side.
+        width: Features of a picture.
+        accuracy: What it reaches on real pictures that it was not trained on, by head; behind a
+            head's name may stand what else is done to them, or what it chooses among.
         description: What it was trained on, and how.
     """
 
     labels: dict[str, list[str]]
     side: int = 32
-    channels: tuple[int, ...] = (32, 64, 128, 256)
+    channels: tuple[int, ...] = (48, 96, 192)
+    width: int = 256
     accuracy: dict[str, Estimate] = field(default_factory=dict)
     description: str = ""
 
 
-class _Residual(nn.Module):
-    """``x`` and what a convolution adds to it."""
+class _Resolution(nn.Module):
+    """A convolution to more channels, and what a second one adds to it."""
 
-    def __init__(self, channels: int):
+    def __init__(self, inputs: int, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(*_convolution(channels, channels))
+        self.first = _convolution(inputs, channels)
+        self.second = _convolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, h, w]`` to the same."""
-        added: Tensor = self.layers(x)
+        """``[N, inputs, h, w]`` to ``[N, channels, h, w]``."""
+        x = self.first(x)
+        added: Tensor = self.second(x)
         return x + added
 
 
-def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Classifier(nn.Module):
-    """Convolutions that halve the side at each further resolution, and a linear head per label."""
+    """Convolutions that halve the side at each resolution, and a linear head per label.
+
+    The features are a linear map of each channel's mean and deviation at every resolution: a thing
+    shows in the coarse ones, and a style in the fine ones.
+    """
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        first, *others = config.channels
-        layers = _convolution(3, first)
-        for inputs, outputs in zip(config.channels, others, strict=False):
-            layers += [nn.MaxPool2d(2), *_convolution(inputs, outputs)]
-        width = config.channels[-1]
-        self.trunk = nn.Sequential(*layers, _Residual(width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        inputs = (12, *config.channels[:-1])
+        self.resolutions = nn.ModuleList(map(_Resolution, inputs, config.channels))
+        seen = 2 * sum(config.channels)
+        self.trunk = nn.Sequential(nn.BatchNorm1d(seen), nn.Linear(seen, config.width))
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(width, len(labels)) for name, labels in config.labels.items()}
+            {name: nn.Linear(config.width, len(labels)) for name, labels in config.labels.items()}
         )
 
     def features(self, pictures: Tensor) -> Tensor:
-        """``[N, D]`` of pictures ``[N, 3, H, W]`` in [-1, 1]."""
-        features: Tensor = self.trunk(resize(pictures, self.config.side))
+        """``[N, width]`` of pictures ``[N, 3, H, W]`` in [-1, 1]."""
+        x, seen = resize(pictures, self.config.side), []
+        for index, resolution in enumerate(self.resolutions):
+            # Nothing of the finest pixels is lost, at a quarter of the work.
+            x = resolution(F.max_pool2d(x, 2) if index else F.pixel_unshuffle(x, 2))
+            variance, mean = torch.var_mean(x, dim=(2, 3))
+            # The square root has no slope at 0, where a channel sees nothing.
+            seen += [mean, (variance + 1e-4).sqrt()]
+        features: Tensor = self.trunk(torch.cat(seen, 1))
         return features
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:

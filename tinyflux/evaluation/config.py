@@ -49,6 +49,9 @@ class EvaluateConfig:
             classifier:DIRECTORY, clip:NAME, dinov2:NAME or inception:FILE; an empty list measures
             nothing more.
         sets: Real pictures to measure against, beside the cache's own.
+        trained_on: The pictures that the student was trained on, with ``labels``, all of them:
+            figures of labels are then also told of the training pictures that are nearest to the
+            drawn ones, and of a classifier that chooses among the labels that training has.
         cache_sets: Parts of the cache to measure against, decoded: held_out, train.
         count: The most pictures of a set; a larger set is thinned evenly.
         seeds: Pictures that are drawn for each caption, from seeds of their own.
@@ -60,6 +63,7 @@ class EvaluateConfig:
 
     extractors: list[str] = field(default_factory=lambda: ["efficientnet-lite0"])
     sets: list[EvaluationSet] = field(default_factory=list)
+    trained_on: EvaluationSet | None = None
     cache_sets: list[str] = field(default_factory=lambda: ["held_out"])
     count: int = 1000
     seeds: int = 1
@@ -82,3 +86,8 @@ class EvaluateConfig:
         names = [chosen.name for chosen in self.sets]
         if len(set(names)) < len(names):
             raise ConfigError("evaluate.sets must have different names")
+        if self.trained_on is not None and not self.trained_on.labels:
+            raise ConfigError(
+                "evaluate.trained_on needs the columns of labels that its pictures have, such as "
+                "labels: [thing, style]"
+            )

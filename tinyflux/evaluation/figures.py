@@ -13,10 +13,14 @@ from tinyflux.evaluation.frechet import fid
 from tinyflux.evaluation.labels import label_accuracy
 from tinyflux.evaluation.manifolds import DC_NEIGHBOURS, manifolds
 from tinyflux.evaluation.mmd import cmmd, kid
+from tinyflux.evaluation.neighbours import TrainedOn, nearest_label_accuracy
 from tinyflux.evaluation.record import GroupFigures, SpaceFigures
 
 # Fewer pictures have no neighbours enough.
 FEWEST = DC_NEIGHBOURS + 1
+# Before a metric's name: what the real pictures reach, what guessing does, and what the training
+# pictures do that are nearest to the drawn ones, or to the real ones.
+REAL, CHANCE, NEAREST = "real_", "chance_", "nearest_"
 WORDS = ((1, 3), (4, 7), (8, 15), (16, 10**9))
 
 
@@ -29,12 +33,14 @@ class Pictures:
         drawn: ``[N * seeds, D]``, all of a seed behind all of the one before.
         captions: N captions.
         labels: N values of each label column.
+        trained: The pictures that the student was trained on, where they are known.
     """
 
     real: Tensor
     drawn: Tensor
     captions: Sequence[str]
     labels: Mapping[str, Sequence[str]]
+    trained: TrainedOn | None = None
 
     @property
     def seeds(self) -> int:
@@ -49,6 +55,7 @@ class Pictures:
             self.drawn[drawn],
             [self.captions[row] for row in rows],
             {name: [values[row] for row in rows] for name, values in self.labels.items()},
+            self.trained,
         )
 
 
@@ -68,7 +75,10 @@ def figures(extractor: FeatureExtractor, pictures: Pictures, among: int) -> Spac
         made |= _caption_figures(extractor, pictures, among)
     if isinstance(extractor, ClassifierFeatures):
         made |= _label_figures(extractor, pictures)
-    return SpaceFigures(extractor.name, extractor.fingerprint, made)
+    if pictures.trained is not None and pictures.labels:
+        made |= _nearest_figures(pictures, pictures.trained)
+    held_out = extractor.config.accuracy if isinstance(extractor, ClassifierFeatures) else {}
+    return SpaceFigures(extractor.name, extractor.fingerprint, made, dict(held_out))
 
 
 def _caption_figures(
@@ -79,31 +89,51 @@ def _caption_figures(
     repeated = embedded.repeat(pictures.seeds, 1)
     made = {
         "clip_score": clip_score(pictures.drawn, repeated),
-        "real_clip_score": clip_score(pictures.real, embedded),
+        f"{REAL}clip_score": clip_score(pictures.real, embedded),
     }
     if len(pictures.real) >= FEWEST:
         made["cmmd"] = cmmd(pictures.drawn, pictures.real)
         made["retrieval"] = retrieval(pictures.drawn, repeated, texts * pictures.seeds, among)
-        made["real_retrieval"] = retrieval(pictures.real, embedded, texts, among)
+        made[f"{REAL}retrieval"] = retrieval(pictures.real, embedded, texts, among)
     return made
 
 
 def _label_figures(extractor: ClassifierFeatures, pictures: Pictures) -> dict[str, Estimate]:
-    """Accuracies of each label that the classifier has, among all labels and among the set's."""
+    """Accuracies of each label that the classifier has, beside the real pictures' and chance.
+
+    The classifier chooses among all its labels, among the set's, and among those that the student
+    was trained on.
+    """
     made = {}
     drawn, real = extractor.logits(pictures.drawn), extractor.logits(pictures.real)
-    for name, wanted in pictures.labels.items():
-        names = extractor.config.labels.get(name, [])
-        known = set(wanted) & set(names)
-        if not known:
-            continue
-        for prefix, logits, times in (("", drawn, pictures.seeds), ("real_", real, 1)):
-            values = list(wanted) * times
-            made[f"{prefix}{name}_accuracy"] = label_accuracy(logits[name], names, values)
-            made[f"{prefix}{name}_accuracy_among_set"] = label_accuracy(
-                logits[name], names, values, known
+    trained = pictures.trained.labels if pictures.trained is not None else {}
+    for label, wanted in pictures.labels.items():
+        names = extractor.config.labels.get(label, [])
+        chosen_of = {"": names, "_among_set": wanted, "_among_trained": trained.get(label, ())}
+        for behind, labels in chosen_of.items():
+            choice = set(labels) & set(names)
+            if not choice & set(wanted):
+                continue
+            among = choice if behind else None
+            metric, values = f"{label}_accuracy{behind}", list(wanted) * pictures.seeds
+            made[metric] = label_accuracy(drawn[label], names, values, among)
+            made[f"{REAL}{metric}"] = label_accuracy(real[label], names, wanted, among)
+            made[f"{CHANCE}{metric}"] = Estimate(
+                1 / len(choice), note=f"one of {len(choice)} labels"
             )
     return made
+
+
+def _nearest_figures(pictures: Pictures, trained: TrainedOn) -> dict[str, Estimate]:
+    """How often the training picture shows the label that is nearest to the drawn or real one."""
+    repeated = {name: list(values) * pictures.seeds for name, values in pictures.labels.items()}
+    drawn = nearest_label_accuracy(pictures.drawn, trained, repeated)
+    real = nearest_label_accuracy(pictures.real, trained, pictures.labels)
+    return {
+        f"{prefix}{NEAREST}{label}_accuracy": one
+        for prefix, made in (("", drawn), (REAL, real))
+        for label, one in made.items()
+    }
 
 
 def grouped(

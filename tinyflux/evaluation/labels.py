@@ -44,5 +44,6 @@ def label_accuracy(
     if among is not None:
         notes.append(f"chosen among {len(allowed)} labels")
     if left := len(wanted) - len(judged):
-        notes.append(f"{left} pictures have a label that the classifier does not know")
+        others = "the classifier does not know" if among is None else "is none of them"
+        notes.append(f"{left} pictures have a label that {others}")
     return Estimate(estimate.value, estimate.low, estimate.high, estimate.count, "; ".join(notes))

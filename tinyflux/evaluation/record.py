@@ -15,12 +15,31 @@ class SpaceFigures:
         extractor: Its name.
         fingerprint: What tells its weights and its preparation of pictures from others'.
         figures: Estimates by metric, such as ``kid``; ``real_`` before a name is what the real
-            pictures reach.
+            pictures reach, ``chance_`` what guessing does, and ``nearest_`` what the training
+            pictures do that are nearest.
+        held_out: What a classifier itself reaches on real pictures that it never saw, as it was
+            measured when it was trained; it may have seen the set's.
     """
 
     extractor: str
     fingerprint: str
     figures: dict[str, Estimate] = field(default_factory=dict)
+    held_out: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass
+class DrawnPicture:
+    """A drawn picture that is kept to be looked at.
+
+    Attributes:
+        caption: What was asked for.
+        file: Its place in the run's directory.
+        real: The place there of the set's own picture; empty where it is the cache's.
+    """
+
+    caption: str
+    file: str
+    real: str = ""
 
 
 @dataclass
@@ -50,6 +69,7 @@ class SetFigures:
         drawn: Drawn pictures, ``count`` times the number of seeds.
         spaces: Figures by extractor.
         groups: Figures of parts that are large enough.
+        pictures: The first that were drawn.
     """
 
     name: str
@@ -57,6 +77,7 @@ class SetFigures:
     drawn: int
     spaces: list[SpaceFigures] = field(default_factory=list)
     groups: list[GroupFigures] = field(default_factory=list)
+    pictures: list[DrawnPicture] = field(default_factory=list)
 
 
 @dataclass

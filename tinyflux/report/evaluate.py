@@ -26,6 +26,7 @@ from tinyflux.inference.sampler import Sampler, decode
 from tinyflux.model.loader import WEIGHTS_NAME, load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.report.results import pass_on_figures
 from tinyflux.run_dir import EVALUATION, EVALUATION_PICTURES, FINAL
 from tinyflux.storage.remote import open_folder
 from tinyflux.trainer.evaluation import validate
@@ -91,6 +92,8 @@ def _measure(run: RunConfig) -> None:
     folder = open_folder(run.run_dir)
     record = {**json.loads(folder.read(EVALUATION)), "measured": to_dict(measured)}
     folder.write(EVALUATION, (json.dumps(record, indent=2) + "\n").encode())
+    if run.evaluate.checkpoint is None:
+        pass_on_figures(run, measured)
 
 
 def _evaluate(packed: dict[str, Any]) -> None:

@@ -10,10 +10,13 @@ from tinyflux.cache.store import open_store
 from tinyflux.config import RunConfig
 from tinyflux.distributed.mirror import working_copy
 from tinyflux.errors import TinyFluxError
+from tinyflux.evaluation.record import Measured
+from tinyflux.evaluation.table import rows_of, share
 from tinyflux.report.charts import chart, lines_of
 from tinyflux.report.html import data_url, fill, twice_its_width
 from tinyflux.toy.openmoji import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
+from tinyflux.util.config import from_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.urls import join
 
@@ -48,6 +51,7 @@ def _fill_page(run_dir: Path, run: RunConfig) -> str:
         title=f"TinyFlux run {run_dir.name}",
         run=run,
         evaluation=evaluation,
+        **_measured(run_dir, evaluation),
         steps=steps,
         world=_read(Path(run.zoo.vae_repo) / "world.json"),
         attribution=ATTRIBUTION,
@@ -59,6 +63,26 @@ def _fill_page(run_dir: Path, run: RunConfig) -> str:
         stages=stages,
         rates=dict.fromkeys(stages, "") | _rates(run, stages, steps, served),
     )
+
+
+def _measured(run_dir: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The figures that extractors gave, their tables, and pictures of each set."""
+    if "measured" not in evaluation:
+        return {"measured": None}
+    measured = from_dict(Measured, evaluation["measured"], names.EVALUATION)
+    shots = {
+        chosen.name: [
+            {
+                "caption": one.caption,
+                "drawn": data_url(run_dir / one.file),
+                "real": data_url(run_dir / one.real) if one.real else "",
+            }
+            for one in chosen.pictures
+        ]
+        for chosen in measured.sets
+    }
+    tables = {chosen.name: rows_of(chosen) for chosen in measured.sets}
+    return {"measured": measured, "tables": tables, "shots": shots, "share": share}
 
 
 def _read(path: Path) -> Any:

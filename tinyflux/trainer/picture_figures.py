@@ -8,11 +8,9 @@ from torch import Tensor
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.evaluation.drawing import DrawBatch, DrawSettings, draw, features_of
 from tinyflux.evaluation.extractors import FeatureExtractor
-from tinyflux.evaluation.figures import FEWEST, Pictures, figures
+from tinyflux.evaluation.figures import FEWEST, REAL, Pictures, figures
 from tinyflux.inference.sampler import Sampler
 from tinyflux.trainer.direction import MEASURED
-
-REAL = "real_"  # before the names of what the real pictures reach, which no training changes
 
 
 class PictureFigures:
@@ -65,7 +63,7 @@ class PictureFigures:
             values |= {
                 f"{MEASURED}{name}{suffix}": estimate.value
                 for name, estimate in made.items()
-                if not name.startswith(REAL)
+                if not name.startswith(REAL)  # no training changes what the real pictures reach
             }
         return values
 
