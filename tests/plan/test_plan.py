@@ -26,7 +26,7 @@ from tinyflux.model.pretrained import SD15_UNET
 from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.plan import encoders
 from tinyflux.plan.plan import make_plan
-from tinyflux.plan.work import count_step, flop_counter, step_work
+from tinyflux.plan.work import count_step, flop_counter, forward_flops, step_work
 from tinyflux.trainer.checkpoint import CheckpointData, TrainerState, save_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
@@ -178,7 +178,7 @@ def test_activations_are_what_the_backward_pass_really_keeps():
     assert work.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def forward_flops(config: TinyFluxConfig, image: int) -> tuple[int, int]:
+def forward_flops_by_hand(config: TinyFluxConfig, image: int) -> tuple[int, int]:
     """FLOPs of one sample's forward by hand: its linear maps', and attention's.
 
     A map of n tokens from a to b channels takes 2 n a b; attention of s tokens and width d takes
@@ -203,7 +203,7 @@ def test_a_step_has_the_flops_of_the_closed_formula(pixels):
     config = preset("tiny-flux-deep")
     side = pixels // 8
     work = step_work(config, TrainerConfig(), 1, (side, side))
-    maps, attention = forward_flops(config, side * side)
+    maps, attention = forward_flops_by_hand(config, side * side)
     assert work.flops == pytest.approx(3 * maps + 3.5 * attention, rel=0.01)
     if pixels == 512:
         again = step_work(config, TrainerConfig(gradient_checkpointing=True), 1, (side, side))
@@ -212,6 +212,13 @@ def test_a_step_has_the_flops_of_the_closed_formula(pixels):
         tokens = side * side + config.max_text_length
         spared = config.num_single_layers * 2 * tokens * inner * config.hidden_size
         assert again.flops == pytest.approx(4 * maps + 4.5 * attention - spared, rel=0.01)
+
+
+@pytest.mark.parametrize("pixels", [256, 512])
+def test_a_forward_has_the_flops_of_the_closed_formula(pixels):
+    config, side = preset("tiny-flux-deep"), pixels // 8
+    maps, attention = forward_flops_by_hand(config, side * side)
+    assert forward_flops(config, (side, side)) == pytest.approx(maps + attention, rel=0.01)
 
 
 @pytest.mark.parametrize("blocks", [(0, 3), (3, 0), (2, 4)])
@@ -257,6 +264,8 @@ def test_the_encoders_have_the_flops_that_hours_are_planned_from(pixels):
         side = pixels // 8
         inputs = (torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 77, 768))
         expect(encoders.VAE, counted(lambda: vae.encode(torch.zeros(1, 3, pixels, pixels))))
+        latents = torch.zeros(1, 16, side, side)
+        expect(encoders.DECODER, counted(lambda: vae.decode(latents)))
         expect(encoders.LUNE, counted(lambda: lune_features(unet, *inputs)))
         sol = counted(lambda: sol_features(unet, *inputs, query_chunk=side**2))
         # A CPU's rows serve both ends; a GPU makes them once more: three products for two.
@@ -318,6 +327,52 @@ def test_processes_on_cpus_are_not_as_fast_as_the_gpus_beside_them():
     assert make_plan(a_run(cache={"gpus_per_actor": 0.0})).cache.hours is None
     with pytest.raises(ConfigError, match=r"set workers\.use_gpu"):
         make_plan(a_run(workers={"use_gpu": False}))
+
+
+def evaluated(**sections):
+    """The plan of drawing 10,000 held-out captions on eight GPUs, with changes by section."""
+    sections.setdefault("evaluate", {"count": 10_000})
+    sections.setdefault("sample", {"num_actors": 8, "gpus_per_actor": 1.0})
+    sections.setdefault("zoo", {"dtype": torch.bfloat16})
+    return make_plan(a_run(**sections)).evaluation
+
+
+def test_an_evaluation_takes_the_students_forwards_and_the_decoder():
+    plan = evaluated()
+    run = a_run()
+    student = 2 * 28 * forward_flops(run.model, (64, 64))
+    assert plan.flops_per_picture == student + sum(encoders.DECODER)
+    speed = run.cluster.speed(torch.bfloat16, on_gpu=True)
+    decoding = encoders.DECODER.seconds(speed)
+    assert plan.seconds == pytest.approx(student / speed.products + decoding)
+    # Ten thousand drawn, and as many of the cache decoded.
+    assert plan.hours * 3600 * 8 == pytest.approx(10_000 * (plan.seconds + decoding))
+    assert (plan.pictures, plan.decoded, plan.nodes) == (10_000, 10_000, 1)
+
+
+def test_an_evaluations_hours_follow_its_pictures_actors_and_guidance():
+    plan = evaluated()
+    more = evaluated(evaluate={"count": 10_000, "seeds": 3})
+    assert (more.pictures, more.decoded) == (30_000, 10_000)
+    assert plan.hours < more.hours < 3 * plan.hours
+    twice = evaluated(sample={"num_actors": 16, "gpus_per_actor": 1.0})
+    assert (twice.hours, twice.nodes) == (pytest.approx(plan.hours / 2), 2)
+    shared = evaluated(sample={"num_actors": 16, "gpus_per_actor": 0.5})
+    assert (shared.hours, shared.nodes) == (pytest.approx(plan.hours), 1)
+    plain = evaluated(sample={"num_actors": 8, "gpus_per_actor": 1.0, "guidance_scale": 1.0})
+    assert plain.forwards == plan.forwards / 2
+
+
+def test_an_evaluation_on_unknown_machines_has_no_hours_and_none_has_no_plan():
+    assert evaluated(sample={"num_actors": 8}).hours is None
+    run = a_run(sample={"num_actors": 8})
+    assert "time: not known" in str(make_plan(run))
+    run.evaluate.extractors = []
+    plan = make_plan(run)
+    assert plan.evaluation is None
+    assert "evaluation" not in str(plan)
+    with pytest.raises(ConfigError, match=r"sample.num_actors = 99 do not fit"):
+        evaluated(sample={"num_actors": 99, "gpus_per_actor": 1.0})
 
 
 def test_a_column_takes_longer_for_more_pixels():

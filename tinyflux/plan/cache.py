@@ -13,7 +13,7 @@ from tinyflux.cache.shards import SHARD_FOLDER
 from tinyflux.cache.sources.folder import SUFFIXES
 from tinyflux.cache.store import Store, open_store
 from tinyflux.config import RunConfig
-from tinyflux.distributed.config import ClusterConfig
+from tinyflux.distributed.config import ClusterConfig, SampleConfig
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache_formulas import estimate_by_formula, latent_grid
 from tinyflux.util.config import dtype_name
@@ -82,7 +82,7 @@ def plan_cache(run: RunConfig) -> CachePlan:
         ConfigError: nobody said how many samples there are, or the actors do not fit.
     """
     store = open_store(run.cache.path) if run.cache.path else None
-    nodes = _nodes(run.cache.num_actors, run.cache, run.cluster)
+    nodes = nodes_for("cache", run.cache, run.cluster)
     there = ""
     if store is not None and store.size(MANIFEST_NAME) is not None:
         manifest = Manifest.load(store)
@@ -172,20 +172,24 @@ def _finished(manifest: Manifest, actors: int, nodes: int) -> CachePlan:
     )
 
 
-def _nodes(actors: int, cache: CacheConfig, cluster: ClusterConfig) -> int:
-    """The number of nodes that hold the actors."""
-    gpus, cpus = cluster.gpus_per_node, cluster.cpus_per_node
+def nodes_for(section: str, asked: CacheConfig | SampleConfig, cluster: ClusterConfig) -> int:
+    """The number of nodes that hold the actors of a run's ``section``.
+
+    Raises:
+        ConfigError: the cluster does not hold them.
+    """
+    gpus, cpus, actors = cluster.gpus_per_node, cluster.cpus_per_node, asked.num_actors
     each = actors
-    if cache.gpus_per_actor:
-        each = min(each, _fit(gpus, cache.gpus_per_actor))
-    if cache.cpus_per_actor and cpus:
-        each = min(each, int(cpus / cache.cpus_per_actor))
+    if asked.gpus_per_actor:
+        each = min(each, _fit(gpus, asked.gpus_per_actor))
+    if asked.cpus_per_actor and cpus:
+        each = min(each, int(cpus / asked.cpus_per_actor))
     if each * cluster.nodes < actors:
         raise ConfigError(
-            f"cache.num_actors = {actors} do not fit {cluster.nodes} nodes of "
+            f"{section}.num_actors = {actors} do not fit {cluster.nodes} nodes of "
             f"{cluster.gpus_per_node} GPUs and {cluster.cpus_per_node or 'unstated'} CPUs, which "
-            f"hold {each} each: lower cache.num_actors, cache.cpus_per_actor or "
-            f"cache.gpus_per_actor, or state more nodes"
+            f"hold {each} each: lower {section}.num_actors, {section}.cpus_per_actor or "
+            f"{section}.gpus_per_actor, or state more nodes"
         )
     return -(-actors // each)
 

@@ -32,10 +32,11 @@ class Flops(NamedTuple):
         )
 
 
-# Counted by torch: either VAE's encoder; SD1.5's UNet for one of the ten times, down to its middle
-# (Lune), and whole with the rows of its attention made once more, as on a GPU (Sol); T5-base at 128
-# tokens and CLIP, which know no pixels.
+# Counted by torch: either VAE's encoder and decoder; SD1.5's UNet for one of the ten times, down to
+# its middle (Lune), and whole with the rows of its attention made once more, as on a GPU (Sol);
+# T5-base at 128 tokens and CLIP, which know no pixels.
 VAE = Flops(1074.6e9, 8.6e9, 34.4e9)
+DECODER = Flops(2472.0e9, 8.6e9, 34.4e9)
 LUNE = Flops(115.2e9, 97.0e9, 49.2e9)
 SOL = Flops(443.0e9, 222.9e9, 162.6e9)
 TEXT = Flops(0.0, 35.6e9)

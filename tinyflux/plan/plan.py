@@ -7,7 +7,8 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.config import GB
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan, plan_cache
-from tinyflux.plan.text import cache_lines, training_lines
+from tinyflux.plan.evaluation import EvaluationPlan, plan_evaluation
+from tinyflux.plan.text import cache_lines, evaluation_lines, training_lines
 from tinyflux.plan.training import TrainingPlan, plan_training
 from tinyflux.util.config import to_dict
 from tinyflux.util.text import duration, rounded
@@ -26,6 +27,8 @@ class Plan:
     """A run, planned.
 
     Attributes:
+        evaluation: of ``tinyflux evaluate``, which ``hours`` leave out; None if it measures
+            nothing.
         hours: of the cache and of training, one after the other; without the cache's where those
             are not known.
         price: of ``cluster.nodes`` for so long; 0 if no price is stated.
@@ -34,6 +37,7 @@ class Plan:
 
     cache: CachePlan
     training: TrainingPlan
+    evaluation: EvaluationPlan | None
     nodes: int
     hours: float
     price: float
@@ -48,20 +52,24 @@ class Plan:
         return json.dumps(data, indent=1)
 
     def __str__(self) -> str:
-        parts = (cache_lines(self.cache), training_lines(self.training), self._total_lines())
+        parts = [cache_lines(self.cache), training_lines(self.training)]
+        if self.evaluation is not None:
+            parts.append(evaluation_lines(self.evaluation))
+        parts.append(self._total_lines())
         return "\n\n".join("\n".join(lines) for lines in parts)
 
     def _total_lines(self) -> list[str]:
         money = f", {rounded(self.price)} at the stated price" if self.price else ""
         unknown = "" if self.cache.hours is not None else ", the cache's not counted"
+        apart = ", the evaluation apart" if self.evaluation is not None else ""
         return [
-            f"total: {duration(3600 * self.hours)} on {self.nodes} nodes{money}{unknown}",
+            f"total: {duration(3600 * self.hours)} on {self.nodes} nodes{money}{unknown}{apart}",
             f"bottleneck: {self.bottleneck}",
         ]
 
 
 def make_plan(run: RunConfig, measured: bool = False, calibrated: bool = False) -> Plan:
-    """Plan a run; see :func:`plan_cache` and :func:`plan_training`.
+    """Plan a run; see :func:`plan_cache`, :func:`plan_training` and :func:`plan_evaluation`.
 
     Args:
         measured: index the pictures and encode a few batches first, on Ray.
@@ -85,7 +93,15 @@ def make_plan(run: RunConfig, measured: bool = False, calibrated: bool = False) 
         )
     hours = (cache.hours or 0.0) + training.hours
     price = hours * cluster.nodes * cluster.price_per_node_hour
-    return Plan(cache, training, cluster.nodes, hours, price, _bottleneck(cache, training))
+    return Plan(
+        cache,
+        training,
+        plan_evaluation(run, cache),
+        cluster.nodes,
+        hours,
+        price,
+        _bottleneck(cache, training),
+    )
 
 
 def _bottleneck(cache: CachePlan, training: TrainingPlan) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from tinyflux.distributed.config import GB
 from tinyflux.plan.cache import CachePlan
+from tinyflux.plan.evaluation import EvaluationPlan
 from tinyflux.plan.training import TrainingPlan
 from tinyflux.util.text import duration, rounded, size
 
@@ -69,6 +70,24 @@ def training_lines(training: TrainingPlan) -> list[str]:
         f"{duration(training.stall)}; {size(training.bytes_kept)} are kept",
         f"  {training.steps:,} steps, {rounded(training.epochs, 3)} epochs: "
         f"{duration(3600 * training.hours)}",
+    ]
+
+
+def evaluation_lines(evaluation: EvaluationPlan) -> list[str]:
+    """How many pictures an evaluation draws, and what one and all of them take."""
+    time = "  time: not known: state cluster.gpu or cluster.tflops"
+    if evaluation.seconds is not None and evaluation.hours is not None:
+        time = (
+            f"  a picture takes an actor {duration(evaluation.seconds)}; all of it: "
+            f"{duration(3600 * evaluation.hours)}"
+        )
+    real = f", {evaluation.decoded:,} real ones decoded" if evaluation.decoded else ""
+    return [
+        f"evaluation ({evaluation.origin}): at most {evaluation.pictures:,} pictures drawn{real}, "
+        f"{evaluation.actors} actors on {evaluation.nodes} nodes",
+        f"  {evaluation.forwards} forwards a picture, "
+        f"{rounded(evaluation.flops_per_picture / 1e12, 3)} TFLOP with the decoder",
+        time,
     ]
 
 

@@ -7,8 +7,8 @@ config and option (checkpointing, precision) and need no formula of their own.
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,21 +77,57 @@ def step_work(
 
     Blocks of a kind are alike: one of each is counted, then a second, for what each more adds.
     """
+
+    def count(few: TinyFluxConfig) -> dict[str, int]:
+        return dataclasses.asdict(count_step(few, trainer, micro_batch, grid))
+
+    return StepWork(**_by_blocks(config, count, alike={"largest"}))
+
+
+def forward_flops(config: TinyFluxConfig, grid: tuple[int, int]) -> int:
+    """FLOPs of one forward of one sample of ``grid`` (height, width) latents, in evaluation."""
+    tokens = token_grid(*grid, config.patch_size)
+
+    def count(few: TinyFluxConfig) -> dict[str, int]:
+        with FakeTensorMode(), torch.no_grad(), flop_counter() as counter:
+            TinyFluxDeep(few).eval()(*_inputs(few, 1, tokens), grid=tokens)
+        return {"flops": counter.get_total_flops()}
+
+    return _by_blocks(config, count)["flops"]
+
+
+def _by_blocks(
+    config: TinyFluxConfig,
+    count: Callable[[TinyFluxConfig], dict[str, int]],
+    alike: Collection[str] = (),
+) -> dict[str, int]:
+    """What ``count`` gives for the config, from models of one and two blocks of a kind.
+
+    Args:
+        alike: names of counts that more blocks do not change.
+    """
     few = {kind: min(1, getattr(config, kind)) for kind in BLOCK_COUNTS}
-
-    def count(blocks: dict[str, Any]) -> StepWork:
-        return count_step(dataclasses.replace(config, **blocks), trainer, micro_batch, grid)
-
-    first = count(few)
-    total = dataclasses.asdict(first)
+    first = count(dataclasses.replace(config, **few))
+    total = dict(first)
     for kind in BLOCK_COUNTS:
         more = getattr(config, kind) - few[kind]
         if not more:
             continue
-        second = count({**few, kind: 2})
-        for name in total.keys() - {"largest"}:
-            total[name] += more * (getattr(second, name) - getattr(first, name))
-    return StepWork(**total)
+        second = count(dataclasses.replace(config, **{**few, kind: 2}))
+        for name in total.keys() - set(alike):
+            total[name] += more * (second[name] - first[name])
+    return total
+
+
+def _inputs(config: TinyFluxConfig, count: int, tokens: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Zeros for a forward of ``count`` samples of ``tokens`` (high, wide)."""
+    return (
+        torch.zeros(count, math.prod(tokens), config.token_channels),
+        torch.zeros(count, config.max_text_length, config.t5_hidden_size),
+        torch.zeros(count, config.pooled_projection_dim),
+        torch.zeros(count),
+        TinyFluxDeep.create_img_ids(count, *tokens),
+    )
 
 
 def count_step(
@@ -117,15 +153,8 @@ def count_step(
                 saved_tensors_hooks(keep, lambda tensor: tensor),
                 torch.autocast("cpu", trainer.dtype, enabled=trainer.dtype != torch.float32),
             ):
-                velocity, experts = model(
-                    torch.zeros(micro_batch, math.prod(tokens), config.token_channels),
-                    torch.zeros(micro_batch, config.max_text_length, config.t5_hidden_size),
-                    torch.zeros(micro_batch, config.pooled_projection_dim),
-                    torch.zeros(micro_batch),
-                    TinyFluxDeep.create_img_ids(micro_batch, *tokens),
-                    return_expert_pred=True,
-                    grid=tokens,
-                )
+                inputs = _inputs(config, micro_batch, tokens)
+                velocity, experts = model(*inputs, return_expert_pred=True, grid=tokens)
                 loss = sum(
                     (part.float().square().mean() for part in (velocity, *experts.values())),
                     torch.zeros(()),
