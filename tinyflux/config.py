@@ -244,6 +244,7 @@ def _resolve_paths(run: RunConfig) -> None:
         (run.sample, "output_dir"),
         (run.sample, "prompts_file"),
         (run.evaluate, "checkpoint"),
+        (run.trainer, "init_from"),
         *((chosen, "file") for chosen in run.evaluate.sets),
         (run.serve, "checkpoint"),
         (run.serve, "api_keys_file"),

@@ -16,7 +16,7 @@ from tinyflux.trainer.checkpoint import TrainerState
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import to_dict
-from tinyflux.util.files import atomic_write, full_disk_ends_run
+from tinyflux.util.files import atomic_write, file_sha256, full_disk_ends_run
 
 CARD, GRID = "README.md", "samples.png"
 
@@ -42,7 +42,13 @@ def write_result(
     with full_disk_ends_run(job.run_dir):
         save_model(model, job.final, averaged)
         beside = _describe(job, data, sum(tensor.numel() for tensor in averaged.values()))
-        record = {"step": state.step, "samples_seen": state.samples_seen, "seed": config.seed}
+        record = {
+            "step": state.step,
+            "samples_seen": state.samples_seen,
+            "seed": config.seed,
+            "files": {WEIGHTS_NAME: file_sha256(job.final / WEIGHTS_NAME)},
+            "init_from": state.init_from,
+        }
         # Last of all: it says that the result is whole.
         atomic_write(job.final / names.FINAL_STATE, json.dumps(record, indent=2).encode())
     if config.hf_repo_id is not None:

@@ -1,10 +1,14 @@
 """How a run begins, and how it goes on from what it has recorded."""
 
+import logging
+from dataclasses import asdict
+
 import torch
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader
 from tinyflux.distributed.data import measure_sol
+from tinyflux.distributed.first_weights import AnyPlace
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError
 from tinyflux.model.initialization import draw_by_name
@@ -14,6 +18,9 @@ from tinyflux.trainer.checkpoint_search import FoundCheckpoint, load_newest
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
+from tinyflux.trainer.init_from import WeightsFile, begin_from
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(job: TrainingJob) -> FoundCheckpoint | None:
@@ -33,16 +40,20 @@ def first_weights(job: TrainingJob, device: torch.device) -> TinyFluxDeep:
 def prepare_student(
     model: TinyFluxDeep,
     checkpoint: Checkpoint | None,
+    init_from: WeightsFile | None,
     job: TrainingJob,
     data: CacheMixture,
     reader: StepReader,
 ) -> TrainerState:
-    """Give ``model`` a checkpoint's weights, or measure what a new one needs; where the run stands.
+    """Give ``model`` a checkpoint's weights, or what a new run needs; where the run stands.
 
     All workers take part.
 
+    Args:
+        init_from: what a new run begins with.
+
     Raises:
-        CheckpointError: it was made for another model.
+        CheckpointError: weights that were made for another model, or are damaged.
         ConfigError: see :func:`check_same_stream`.
     """
     config = job.trainer
@@ -51,9 +62,14 @@ def prepare_student(
         checkpoint.load_model(model)
         check_same_stream(checkpoint.state, config, data, job.run_dir)
         return checkpoint.state
-    if config.enable_sol and model.sol_units is not None:
+    state = TrainerState(seed=config.seed)
+    if init_from is not None:
+        begun = begin_from(init_from, model, config.init_from or str(init_from), AnyPlace())
+        state.init_from = asdict(begun)
+        logger.info("beginning with the weights of %s", init_from)
+    if config.enable_sol and model.sol_units is not None and not model.sol_units.measured:
         measure_sol(model.sol_units, reader)
-    return TrainerState(seed=config.seed)
+    return state
 
 
 def prepare_ema(engine: Engine, decay: float, checkpoint: Checkpoint | None) -> EMA:
@@ -72,13 +88,15 @@ def check_same_stream(
     """Refuse settings under which a run that goes on would see samples twice, or never.
 
     Raises:
-        ConfigError: another seed, or another batch size where batches are dealt to sizes.
+        ConfigError: another seed, another start, or another batch size where batches are dealt to
+            sizes.
     """
     if state.seed != config.seed:
         raise ConfigError(
             f"the run in {run_dir} began with trainer.seed = {state.seed}, not "
             f"{config.seed}: keep it, or use a new run_dir"
         )
+    _check_same_start(state, config, run_dir)
     before = state.trainer.get("batch_size", config.batch_size)
     if before != config.batch_size and data.sizes() > 1:
         raise ConfigError(
@@ -86,3 +104,23 @@ def check_same_stream(
             f"{config.batch_size}, and its pictures are of {data.sizes()} sizes, whose order "
             "follows the batch size: keep it, or use a new run_dir"
         )
+
+
+def _check_same_start(state: TrainerState, config: TrainerConfig, run_dir: str) -> None:
+    """Refuse a run that goes on if it began otherwise; where the weights lie now does not matter.
+
+    Raises:
+        ConfigError: it began with random weights and is to begin with others, or the other way.
+    """
+    began, asked = state.init_from.get("source"), config.init_from
+    if bool(began) != bool(asked):
+        raise ConfigError(
+            f"the run in {run_dir} began with {f'the weights of {began}' if began else 'random'}"
+            f"{'' if began else ' weights'}, and trainer.init_from is {asked or 'null'}: keep it "
+            "as it was, or use a new run_dir"
+        )
+    if began != asked:
+        logger.warning(
+            "the run in %s began with the weights of %s: trainer.init_from '%s' is not read",
+            run_dir, began, asked,
+        )  # fmt: skip

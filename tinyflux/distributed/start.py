@@ -3,14 +3,20 @@
 import logging
 from collections.abc import Callable
 
+import torch
+
 from tinyflux import run_dir as names
 from tinyflux.distributed.data import check_batch_size
 from tinyflux.distributed.deepspeed import check_zero
+from tinyflux.distributed.first_weights import AnyPlace
 from tinyflux.distributed.result import is_finished
 from tinyflux.distributed.run_lock import claimed
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError, TrainingError
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.checkpoint_search import checkpoints_by_step
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.init_from import check_fits, find_weights
 from tinyflux.trainer.trackers import check_trackers
 from tinyflux.util.urls import join
 
@@ -50,6 +56,21 @@ def check_job(job: TrainingJob) -> None:
     check_trackers(job.trainer.trackers)
     check_places(job.trainer, job.run_dir)
     job.open_data(check_files=True)
+    check_first_weights(job)
+
+
+def check_first_weights(job: TrainingJob) -> None:
+    """Refuse first weights that no worker could begin with, before any is started; TinyFluxError.
+
+    A run that goes on reads its checkpoint, and what it began with may be gone.
+    """
+    config = job.trainer
+    if config.init_from is None or checkpoints_by_step(job.checkpoints):
+        return
+    with torch.device("meta"):
+        outline = TinyFluxDeep(job.model)
+    places = AnyPlace()
+    check_fits(find_weights(config.init_from, config.init_from_ema, places), outline, places)
 
 
 def check_places(config: TrainerConfig, run_dir: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.evaluation import build_local_evaluator, is_evaluated
+from tinyflux.distributed.first_weights import AnyPlace
 from tinyflux.distributed.mirror import Mirror
 from tinyflux.distributed.result import write_result
 from tinyflux.distributed.resume import (
@@ -23,6 +24,7 @@ from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint, remove_part
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluations, InlineEvaluator
+from tinyflux.trainer.init_from import WeightsFile, find_weights
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder
@@ -70,7 +72,8 @@ class Training:
         model = first_weights(job, self.device)
         mirror = self._pull_mirror() if self.is_main else None
         checkpoint = self._agree_on_checkpoint()
-        state = prepare_student(model, checkpoint, job, data, reader)
+        first = self._agree_on_first_weights() if checkpoint is None else None
+        state = prepare_student(model, checkpoint, first, job, data, reader)
         engine = self.build_engine(model)
         ema = prepare_ema(engine, config.ema_decay, checkpoint)
         del checkpoint  # its tensors
@@ -113,6 +116,17 @@ class Training:
         if name is None:
             return None
         return load_checkpoint(job.checkpoint_directory(name), job.trainer.verify_checkpoints)
+
+    def _agree_on_first_weights(self) -> WeightsFile | None:
+        """What a new run begins with: the main worker finds it, and others read the same file."""
+        config = self.job.trainer
+        if config.init_from is None:
+            return None
+        found = None
+        if self.is_main:
+            found = find_weights(config.init_from, config.init_from_ema, AnyPlace())
+        told = self.tell_all(None if found is None else found.to_json())
+        return None if told is None else WeightsFile.from_json(told)
 
     def _build_recorder(
         self, model: TinyFluxDeep, ema: EMA, data: CacheMixture, mirror: Mirror | None

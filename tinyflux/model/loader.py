@@ -45,7 +45,7 @@ def load_model(
         HubError: a repository that cannot be fetched.
     """
     place = resolve_device(device)
-    weights = _locate(os.fspath(source), WEIGHTS_NAME)
+    weights = locate(os.fspath(source), WEIGHTS_NAME)
     if config is None:
         config = load_config_of(source)
     tensors = _read(weights)
@@ -85,7 +85,7 @@ def each_tensor(source: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
         CheckpointError: no checkpoint there, or a broken one.
         HubError: a repository that cannot be fetched.
     """
-    path = _locate(os.fspath(source), WEIGHTS_NAME)
+    path = locate(os.fspath(source), WEIGHTS_NAME)
     if path.suffix == ".pt":
         read = _read(path)
         yield from _in_order({name: name for name in read}, read.__getitem__)
@@ -115,7 +115,7 @@ def load_config(source: str | os.PathLike[str]) -> TinyFluxConfig:
         ConfigError: an unknown key or an impossible value.
         CheckpointError: there is none, or it is not JSON.
     """
-    path = _locate(os.fspath(source), CONFIG_NAME)
+    path = locate(os.fspath(source), CONFIG_NAME)
     try:
         data = json.loads(path.read_bytes())
     except RecursionError as error:
@@ -147,8 +147,13 @@ def save_model(
     return directory
 
 
-def _locate(source: str, name: str) -> Path:
-    """The file ``name`` (or ``source`` itself) on this machine, fetched if need be."""
+def locate(source: str, name: str) -> Path:
+    """The file ``name`` of a model's directory or hub repository on this machine, or ``source``.
+
+    Raises:
+        CheckpointError: there is no such file.
+        HubError: a repository that cannot be fetched.
+    """
     path = Path(source)
     if path.is_file():
         return path

@@ -36,6 +36,7 @@ from tinyflux.util.files import atomic_write, file_sha256
 
 FORMAT_VERSION = 1
 STATE_FILE = "trainer_state.json"
+EMA_NAME = "ema.safetensors"
 STATE_DIGEST = "sha256"  # in it, of all that it says beside
 
 
@@ -53,6 +54,8 @@ class TrainerState:
         format_version: of this file.
         files: SHA-256 of the checkpoint's other files by name; empty in those that were written
             before it was kept.
+        init_from: ``source`` and ``sha256`` of the weights that the run began with; empty if it
+            began with random ones.
     """
 
     step: int = 0
@@ -63,6 +66,7 @@ class TrainerState:
     trainer: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     files: dict[str, str] = field(default_factory=dict)
+    init_from: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,7 +129,7 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData)
     try:
         partial.mkdir(parents=True)
         save_model(contents.model, partial, contents.weights)
-        save_shadow(partial / "ema.safetensors", contents.shadow, contents.ema_decay, torch.float32)
+        save_shadow(partial / EMA_NAME, contents.shadow, contents.ema_decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / "optimizer.safetensors")
         state = replace(contents.state, files=_flushed(partial))
         _write_state(partial / STATE_FILE, state)
@@ -158,7 +162,7 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
         checkpoint = Checkpoint(
             path=directory,
             model=load_file(directory / "model.safetensors"),
-            shadow=read_shadow(directory / "ema.safetensors")[0],
+            shadow=read_shadow(directory / EMA_NAME)[0],
             optimizer=load_file(directory / "optimizer.safetensors"),
             state=state,
         )

@@ -130,6 +130,12 @@ class TrainerConfig:
             that differ in some modules begin alike in all others; for runs from a cache. `tinyflux
             compare` sets it.
 
+        init_from: Weights to begin with: a checkpoint, a run's directory (its result, or its newest
+            checkpoint), a file, a URL of any of these, or a hub repository. Those of another
+            ``model.patch_size`` are carried over. A run that goes on does not read them again. None
+            begins with random ones.
+        init_from_ema: Begin with the EMA's weights, where there are both.
+
         evaluate_every: Optimizer steps between figures of pictures: the EMA draws held-out captions
             as ``sample`` says, and ``evaluate.extractors`` measure them. None takes none.
         evaluate_pictures: The most pictures that are drawn for them.
@@ -240,6 +246,8 @@ class TrainerConfig:
     verify_checkpoints: bool = True
     max_nonfinite_steps: int = 10
     init_by_name: bool = False
+    init_from: str | None = None
+    init_from_ema: bool = True
 
     # Figures of pictures beside training, and the best checkpoint
     evaluate_every: int | None = None

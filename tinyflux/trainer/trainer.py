@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tinyflux.trainer.distillation import SOL_SAMPLES
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
+from tinyflux.trainer.init_from import ThisMachine, begin_from, find_weights
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.picture_figures import PictureFigures
@@ -127,6 +128,7 @@ class Trainer:
         if null_text is None and config.text_dropout > 0:
             null_text = _find_null_text(source, sampler)
         self._source = source
+        self._begin()
         self._measure_sol(source)
         buckets = default_buckets() if source.t_buckets is None else source.t_buckets
         paths = RunPaths(
@@ -146,6 +148,17 @@ class Trainer:
             buckets,
             Recorder(config, paths, InlineEvaluator(evaluator)),
         )
+
+    def _begin(self) -> None:
+        """Take the weights that the run is to begin with, if it has not begun."""
+        config = self.config
+        if config.init_from is None or self._state.step or self._state.init_from:
+            return
+        places = ThisMachine()
+        file = find_weights(config.init_from, config.init_from_ema, places)
+        self._state.init_from = asdict(begin_from(file, self.model, config.init_from, places))
+        shadow = EMA(self.model, config.ema_decay).shadow
+        self._ema.load_state_dict({"decay": config.ema_decay, "shadow": shadow})
 
     def _measure_sol(self, source: StepSource) -> None:
         """Measure the units of Sol's features, once in a model's life."""
