@@ -1,8 +1,8 @@
 """The cache job on Ray against a bare loop over the same models on the same cores.
 
-``python benchmarks/cache_build.py [--pictures N] [--actors N]``
+``python benchmarks/cache_build.py [--pictures N] [--actors N] [--packages DIR]``
 
-Each contender encodes the same OpenMoji drawings with the shipped toy world. The bare loop
+Each contender encodes the same toy pictures with the shipped toy world. The bare loop
 is ``--actors`` processes of one thread, each with its share of the pictures: decode, encode, run
 both teachers, keep the tensors; it writes nothing. The job is ``build_cache`` with as many actors
 of one CPU, and it indexes, hashes, writes and checks as always. Steady rates leave out the start of
@@ -11,6 +11,7 @@ are printed beside them. Prints JSON.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,8 @@ from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.sources import decode_picture
 from tinyflux.distributed.build import RayRunner
 from tinyflux.model.config import ZooConfig, preset
-from tinyflux.toy.openmoji import write_picture_folder
+from tinyflux.toy.draw_icons import icons_of_size
+from tinyflux.toy.icons import write_icon_files
 from tinyflux.toy.world import SHIPPED
 
 GROUPS = ("latents", "text", "lune", "sol")
@@ -60,7 +62,7 @@ def bare_loop(configs: BuildConfigs, paths: list[str]) -> tuple[float, float]:
 
 def time_bare(configs: BuildConfigs, processes: int) -> tuple[float, float]:
     """Steady and whole seconds."""
-    paths = sorted(map(str, Path(configs.data.folder).glob("*.png")))
+    paths = sorted(map(str, Path(configs.data.folder).rglob("*.png")))
     share, started = -(-len(paths) // processes), time.time()
     shares = [paths[at : at + share] for at in range(0, len(paths), share)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -94,15 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=1900)
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--packages", type=Path, help="folder of npm tarballs: do not fetch them")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     world = str(SHIPPED)
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder, "pictures")
-        for count, _ in enumerate(write_picture_folder(pictures, arguments.size), start=1):
-            if count == arguments.pictures:
-                break
+        drawn = icons_of_size(arguments.size, arguments.packages)
+        count = write_icon_files(pictures, itertools.islice(drawn, arguments.pictures))
         rates: dict[str, list[float]] = {"bare": [], "ray": [], "bare_whole": [], "ray_whole": []}
         for repeat in range(arguments.repeats):
             configs = BuildConfigs(

@@ -1,6 +1,6 @@
 """A plan against what the run then took: ``python benchmarks/plan_against_actual.py``.
 
-The demo's 140 drawings and the toy preset: ``tinyflux plan --measure --calibrate``, then the cache
+The demo's pictures and the toy preset: ``tinyflux plan --measure --calibrate``, then the cache
 is built on Ray and a student is trained on it, and both are compared. Prints JSON: planned, actual
 and planned over actual of the cache's bytes and seconds by actor, of a checkpoint's bytes and of a
 step's seconds. Progress goes to stderr.
@@ -29,7 +29,8 @@ from tinyflux.distributed.config import ClusterConfig, WorkersConfig
 from tinyflux.distributed.train import train
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.plan.plan import make_plan
-from tinyflux.toy.openmoji import in_demo, write_picture_folder
+from tinyflux.toy.icons import SHIPPED as ICONS
+from tinyflux.toy.icons import TRAIN, in_demo, read_icons, write_icon_files
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
@@ -72,8 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="tinyflux-") as folder, redirect_stdout(sys.stderr):
         root = Path(folder)
-        for _ in write_picture_folder(root / "pictures", 32, in_demo):
-            pass
+        write_icon_files(root / "pictures", filter(in_demo, read_icons(ICONS, TRAIN)))
         run = a_run(root, arguments.steps, arguments.workers)
         plan = make_plan(run, measured=True, calibrated=True)
         print(plan)

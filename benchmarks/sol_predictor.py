@@ -1,11 +1,11 @@
 """Does the student know Sol better than a constant? ``python benchmarks/sol_predictor.py``.
 
-Trains the toy student on OpenMoji drawings with Sol as its only teacher, by the real step, and asks
-on held-out drawings how far its predictions of Sol's statistics and map are from what Sol says.
-Their mean squared error is given over that of two constants, both of the training drawings: the
-mean over drawings and times, and the mean of each time, which is the harder one, since the
-predictor sees the time and the pooled caption. Below 1 it knows something of the caption. Errors
-are in the spreads of each time over the training drawings.
+Trains the toy student on drawings in OpenMoji's style with Sol as its only teacher, by the real
+step, and asks on held-out drawings how far its predictions of Sol's statistics and map are from
+what Sol says. Their mean squared error is given over that of two constants, both of the training
+drawings: the mean over drawings and times, and the mean of each time, which is the harder one,
+since the predictor sees the time and the pooled caption. Below 1 it knows something of the caption.
+Errors are in the spreads of each time over the training drawings.
 
 Arms: ``standardised`` and ``as published`` (``model.sol_standardize`` on and off), and the control
 ``shuffled captions``: standardised, and each training drawing has another one's caption.
@@ -53,7 +53,7 @@ from tinyflux.model.experts import SolUnits
 from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents
-from tinyflux.toy.openmoji import Emoji, write_picture_folder
+from tinyflux.toy.icons import Icon, shipped_icons, write_icon_files
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.distillation import teacher_features
 from tinyflux.trainer.evaluation import TIMES
@@ -141,14 +141,14 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def prepare(run: RunConfig) -> CacheMixture:
-    """Draw the pictures and encode them, where that is not done yet."""
+    """Write the pictures and encode them, where that is not done yet."""
     tokenizer = T5Tokenizer.from_pretrained(run.zoo.t5_repo)
 
-    def fits(emoji: Emoji) -> bool:
-        return len(tokenizer(emoji.caption).input_ids) <= run.model.max_text_length
+    def fits(icon: Icon) -> bool:
+        return len(tokenizer(icon.caption).input_ids) <= run.model.max_text_length
 
-    for _ in write_picture_folder(Path(run.data.folder), run.data.width, fits):
-        pass
+    drawings = (icon for icon in shipped_icons() if icon.style == "OpenMoji")
+    write_icon_files(Path(run.data.folder), filter(fits, drawings))
     configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
     build(configs, LocalRunner(configs))
     return CacheMixture([MixSource(run.cache.path)])

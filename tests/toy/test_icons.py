@@ -10,12 +10,14 @@ from PIL import Image
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.sources import list_splits, read_split
 from tinyflux.cli.main import run_job
+from tinyflux.toy.draw_icons import icons_of_size
 from tinyflux.toy.icons import (
     FEWEST_STYLES,
     SHIPPED,
     SHIPPED_SIZE,
     SPLITS,
     STYLES,
+    TRAIN,
     file_name,
     in_demo,
     read_icons,
@@ -111,3 +113,18 @@ def test_the_command_writes_the_demos_things(tmp_path, capsys):
     assert written == list(filter(in_demo, shipped_icons()))
     told = capsys.readouterr().out
     assert all(style.licence in told and style.credit in told for style in STYLES)
+
+
+def test_the_command_writes_the_train_split_as_files_that_a_build_reads(tmp_path, capsys):
+    assert run_job("toy", ["icons", str(tmp_path), "--demo", "--files"]) == 0
+    data = DataConfig(folder=str(tmp_path))
+    read = [picture for split in list_splits(data) for picture in read_split(data, split)]
+    trained = filter(in_demo, read_icons(SHIPPED, TRAIN))
+    expected = {(icon.caption, icon.png) for icon in trained}
+    assert {(*picture.captions, picture.content) for picture in read} == expected
+    assert len(read) == len(expected)
+    assert f"{len(read)} of train" in capsys.readouterr().out
+
+
+def test_pictures_of_the_size_that_ships_are_not_drawn_again():
+    assert next(icons_of_size(SHIPPED_SIZE)) == next(shipped_icons())

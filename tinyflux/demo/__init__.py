@@ -1,1 +1,1 @@
-"""``make demo``: the whole system, end to end, on OpenMoji pictures and the toy world."""
+"""``make demo``: the whole system, end to end, on the toy's pictures and the toy world."""

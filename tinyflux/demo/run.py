@@ -20,7 +20,8 @@ from tinyflux.util.processes import child_process
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path("configs/demo.yaml")
-SERVE_PROMPT = "red apple"
+# It is a pair that nobody showed the student.
+SERVE_PROMPT = "watermelon, Twemoji style"
 HEALTHY_SECONDS = 180
 
 logger = logging.getLogger(__name__)
@@ -30,15 +31,16 @@ def stages(run: RunConfig) -> list[Stage]:
     """The demo's stages in order."""
     config = ["--config", str(CONFIG)]
     main = main_stages(config)
+    pictures = Path(run.data.folder).parent  # beside the train split stand the others
     return [
         Stage(
-            "pictures",
-            "draw OpenMoji as a folder of captioned pictures",
-            ["-m", "tinyflux", "toy", "pictures", run.data.folder, f"--size={run.data.width}"],
+            "icons",
+            "write things in five art styles as Parquet, some kept from training",
+            ["-m", "tinyflux", "toy", "icons", str(pictures), "--demo", f"--size={run.data.width}"],
         ),
         Stage(
             "world",
-            "unpack the toy world (VAE, T5, CLIP, Lune, Sol), trained beforehand on OpenMoji",
+            "unpack the toy world (VAE, T5, CLIP, Lune, Sol), trained beforehand on emoji",
             ["-m", "tinyflux", "toy", "world", run.zoo.vae_repo],
         ),
         main["cache"],

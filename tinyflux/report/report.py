@@ -14,7 +14,7 @@ from tinyflux.evaluation.record import Measured
 from tinyflux.evaluation.table import rows_of, share
 from tinyflux.report.charts import chart, lines_of
 from tinyflux.report.html import data_url, fill, twice_its_width
-from tinyflux.toy.openmoji import ATTRIBUTION
+from tinyflux.toy.icons import ATTRIBUTION
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import from_dict
 from tinyflux.util.files import atomic_write

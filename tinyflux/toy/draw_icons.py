@@ -29,6 +29,7 @@ from tinyflux.toy.icons import (
     STYLES,
     Icon,
     Style,
+    shipped_icons,
     write_icons,
 )
 from tinyflux.util.logging import log_to_console
@@ -74,6 +75,21 @@ class Package:
         """The name of the drawing that ``name`` stands for, an alias's that is not turned."""
         alias = self.aliases.get(name)
         return alias["parent"] if alias and set(alias) == {"parent"} else name
+
+
+def icons_of_size(size: int, packages: Path | None = None) -> Iterator[Icon]:
+    """Every picture: those that ship where they have that size, drawn ones otherwise.
+
+    Args:
+        size: side in pixels.
+        packages: folder of the npm tarballs; with it, pictures of any size are drawn.
+
+    Raises:
+        InputError, StorageError: as :func:`draw_icons` does.
+    """
+    if size == SHIPPED_SIZE and packages is None:
+        return shipped_icons()
+    return draw_icons(size, packages)
 
 
 def draw_icons(size: int, packages: Path | None = None) -> Iterator[Icon]:

@@ -26,7 +26,8 @@ from tinyflux.util.files import atomic_write
 
 SHIPPED = Path(__file__).parent / "icons"
 SHIPPED_SIZE = 32
-SPLITS = ("train", "pairs", "things")
+TRAIN = "train"
+SPLITS = (TRAIN, "pairs", "things")
 # A thing counts where at least so many styles have it.
 FEWEST_STYLES = 4
 
@@ -209,6 +210,21 @@ def write_icons(folder: Path, icons: Iterable[Icon]) -> dict[str, int]:
         atomic_write(folder / file_name(split), sink.getvalue())
         counts[split] = len(chosen)
     return counts
+
+
+def write_icon_files(folder: Path, icons: Iterable[Icon]) -> int:
+    """Write ``STYLE/THING.png`` and its caption, ``STYLE/THING.txt``, of each; how many there are.
+
+    What is asked for with these names is written again; other files are left alone.
+    """
+    count = 0
+    for icon in icons:
+        picture = folder / _path(icon)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(picture, icon.png)
+        atomic_write(picture.with_suffix(".txt"), f"{icon.caption}\n".encode())
+        count += 1
+    return count
 
 
 def read_icons(folder: Path, split: str) -> list[Icon]:

@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
-from tinyflux.toy.icons import SHIPPED, SHIPPED_SIZE, SPLITS, read_icons
+from tinyflux.toy.icons import SHIPPED, SHIPPED_SIZE, SPLITS, TRAIN, read_icons
 from tinyflux.toy.world import WorldSizes, build_untrained
 from tinyflux.util.files import atomic_write
 from tinyflux.util.images import read_picture
@@ -39,7 +39,6 @@ from tinyflux.util.logging import log_to_console
 from tinyflux.util.seeding import generator
 
 RECORD = "world.json"
-TRAIN = SPLITS[0]
 # Pictures of each split that the teachers' figures are taken on, and their seed.
 JUDGED = 512
 JUDGED_SEED = 1000
