@@ -28,7 +28,7 @@ def test_the_demo_file_with_overrides():
     )
     assert run.trainer.learning_rate == 3e-4
     assert run.trainer.dtype == torch.bfloat16
-    assert run.model == replace(preset("toy"), max_text_length=20)
+    assert run.model == replace(preset("toy"), patch_size=2, max_text_length=20)
     assert Path(run.cache.path).is_absolute()
     assert Path(run.zoo.t5_repo).is_absolute()
 
@@ -44,6 +44,14 @@ def test_a_resolved_config_is_read_back_equal(tmp_path):
     run = load_run_config(DEMO, ["--workers.num_workers", "1"])
     save_run_config(run, tmp_path / "config.yaml")
     assert load_run_config(tmp_path / "config.yaml") == run
+
+
+def test_a_section_that_may_be_left_out_is_read_checked_and_its_path_resolved():
+    run = load_run_config(DEMO, ["--evaluate.trained_on.file", "other.parquet"])
+    assert run.evaluate.trained_on.labels == ["thing", "style"]
+    assert run.evaluate.trained_on.file == str(Path("other.parquet").absolute())
+    with pytest.raises(ConfigError, match=r"fil is not a setting .did you mean 'evaluate.trained"):
+        load_run_config(DEMO, ["--evaluate.trained_on.fil", "other.parquet"])
 
 
 @pytest.mark.parametrize(

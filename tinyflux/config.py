@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import docstring_parser
 import torch
@@ -188,6 +188,7 @@ def setting_names() -> set[str]:
 
 
 def _names(value: Any, prefix: str = "") -> Iterator[str]:
+    types = get_type_hints(type(value))
     for item in dataclasses.fields(value):
         inner = getattr(value, item.name)
         yield prefix + item.name
@@ -195,6 +196,10 @@ def _names(value: Any, prefix: str = "") -> Iterator[str]:
             yield from _names(inner, f"{prefix}{item.name}.")
         elif isinstance(inner, dict):
             yield f"{prefix}{item.name}.*"
+        elif inner is None:  # a section that is left out may be given
+            for section in filter(dataclasses.is_dataclass, get_args(types[item.name])):
+                for field_ in dataclasses.fields(section):
+                    yield f"{prefix}{item.name}.{field_.name}"
 
 
 def _keys(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -245,7 +250,7 @@ def _resolve_paths(run: RunConfig) -> None:
         (run.sample, "prompts_file"),
         (run.evaluate, "checkpoint"),
         (run.trainer, "init_from"),
-        *((chosen, "file") for chosen in run.evaluate.sets),
+        *((chosen, "file") for chosen in [*run.evaluate.sets, run.evaluate.trained_on] if chosen),
         (run.serve, "checkpoint"),
         (run.serve, "api_keys_file"),
         *((source, "path") for source in run.mix),

@@ -39,8 +39,8 @@ def test_the_server_is_asked_for_what_was_never_shown():
 def test_it_trains_on_one_split_and_is_judged_by_the_others_that_its_first_stage_writes(run):
     written = Path(stages(run)[0].command[4])
     assert Path(run.data.folder) == written / "train-00000-of-00001.parquet"
-    for chosen in run.evaluate.sets:
-        split = {"seen": "train"}.get(chosen.name, chosen.name)
+    for chosen in [*run.evaluate.sets, run.evaluate.trained_on]:
+        split = {"seen": "train", "trained": "train"}.get(chosen.name, chosen.name)
         assert Path(chosen.file) == written / f"{split}-00000-of-00001.parquet"
 
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tinyflux.config import RunConfig
+from tinyflux.evaluation.config import EvaluationSet
 from tinyflux.evaluation.estimate import Estimate
 from tinyflux.evaluation.record import DrawnPicture, Measured, SetFigures, SpaceFigures
 from tinyflux.report.report import write_report
@@ -74,11 +75,13 @@ def test_a_page_has_the_figures_of_each_set_and_its_pictures(run, tmp_path):
         SetFigures("held_out", 7, 7, [SpaceFigures("clip:a/b", "d")],
                    pictures=[DrawnPicture("none", "evaluation/000.png")]),
     ]  # fmt: skip
+    run.evaluate.sets = [EvaluationSet("pairs", "pairs.parquet", about="Seen <apart>.")]
     evaluation["measured"] = to_dict(Measured("abc", 4, 2.0, 1, sets))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     write_report(run)
     page = (tmp_path / "report.html").read_text()
     assert "<h3>pairs</h3>" in page
+    assert "<p>Seen &lt;apart&gt;.</p>" in page
     assert "60 captions, 60 pictures" in page
     assert "<td>62% (55% to 69%)</td>" in page
     assert "classifier: &lt;high&gt;" in page

@@ -20,6 +20,7 @@ class EvaluationSet:
         labels: Columns whose values the extractor ``classifier`` should see in a drawn picture,
             each the name of one of its heads, such as ``thing`` and ``style``.
         group_by: Columns by whose values the figures are also told.
+        about: What the set tells, in a sentence for the report.
     """
 
     name: str
@@ -28,6 +29,7 @@ class EvaluationSet:
     caption_key: str = "text"
     labels: list[str] = field(default_factory=list)
     group_by: list[str] = field(default_factory=list)
+    about: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or not self.file:
