@@ -23,9 +23,9 @@ from tests.fixtures.worlds import zoo_config
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
 from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.errors import ApiError
 from tinyflux.serving.events import Accepted
 from tinyflux.serving.http.api import make_api
-from tinyflux.serving.http.errors import ApiError
 from tinyflux.serving.http.native import GenerateBody, ReloadBody
 from tinyflux.serving.http.openai import ImagesBody
 from tinyflux.serving.replica import EngineReplica

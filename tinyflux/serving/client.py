@@ -15,8 +15,8 @@ from tinyflux.inference.config import PixelLimits
 from tinyflux.inference.events import Drawn, Step
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
-from tinyflux.serving.events import Accepted, Event, Refused
-from tinyflux.serving.http.errors import ApiError
+from tinyflux.serving.errors import ApiError
+from tinyflux.serving.events import Accepted, Event
 from tinyflux.serving.metrics import PictureMetrics
 
 if TYPE_CHECKING:  # their processes load models, this one does not
@@ -93,11 +93,11 @@ class EngineClient:
             try:
                 async with aclosing(self._once(model, request, every_step, started)) as events:
                     async for event in events:
-                        if isinstance(event, Refused):
+                        if isinstance(event, ApiError):
                             # What was promised a place waits for another when that one is gone.
                             broken = event.status == 503
                             if not broken and not (accepted and event.status == 429):
-                                raise _refusal(event)
+                                raise event
                             lost += broken
                             await asyncio.sleep(event.retry_after or 1.0)
                             break
@@ -194,14 +194,8 @@ class EngineClient:
                         "less, or try again later",
                         retry_after=self.config.timeout_s,
                     ) from None
-                ended = isinstance(event, Drawn | Refused)
+                ended = isinstance(event, Drawn | ApiError)
                 yield event
         finally:
             if not ended:
                 stream.cancel()
-
-
-def _refusal(refused: Refused) -> ApiError:
-    """What an engine refused, as the API answers it."""
-    code = "overloaded" if refused.status == 429 else None
-    return ApiError(refused.status, refused.message, code=code, retry_after=refused.retry_after)

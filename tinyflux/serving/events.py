@@ -7,6 +7,7 @@ accepted or refused.
 from dataclasses import dataclass
 
 from tinyflux.inference.events import Drawn, Step
+from tinyflux.serving.errors import ApiError
 
 
 @dataclass(frozen=True)
@@ -14,17 +15,5 @@ class Accepted:
     """The picture will be drawn; nothing before it is an answer yet."""
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Instead of :class:`Accepted`, or after it when drawing fails: an HTTP status and a sentence.
-
-    Attributes:
-        retry_after: seconds after which another try may do better.
-    """
-
-    status: int
-    message: str
-    retry_after: float | None = None
-
-
-Event = Accepted | Refused | Step | Drawn
+# An error comes instead of the acceptance, or after it when drawing fails.
+Event = Accepted | ApiError | Step | Drawn

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinyflux.serving.http.errors import ApiError
+from tinyflux.serving.errors import ApiError
 
 HOOK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "tinyflux.serving.proxy.middlewares"}
 # Ray's own addresses, for probes: what they answer is documented by Ray.

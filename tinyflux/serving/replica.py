@@ -17,7 +17,8 @@ from tinyflux.inference.request import SampleRequest
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
-from tinyflux.serving.events import Accepted, Event, Refused
+from tinyflux.serving.errors import ApiError
+from tinyflux.serving.events import Accepted, Event
 from tinyflux.serving.metrics import EngineMetrics
 from tinyflux.serving.shared import SharedState
 from tinyflux.util.device import resolve_device
@@ -70,13 +71,13 @@ class EngineReplica:
         try:
             handle = self._engine.submit(request)
         except OverloadedError as error:
-            yield Refused(429, str(error), error.retry_after)
+            yield ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
             return
         except InputError as error:
-            yield Refused(400, str(error))
+            yield ApiError(400, str(error))
             return
         except TinyFluxError as error:
-            yield Refused(503, str(error), BROKEN_SECONDS)
+            yield ApiError(503, str(error), retry_after=BROKEN_SECONDS)
             return
         try:
             yield Accepted()
@@ -84,19 +85,19 @@ class EngineReplica:
                 if every_step or isinstance(event, Drawn) or event.preview is not None:
                     yield event
         except InputError as error:
-            yield Refused(400, str(error))
+            yield ApiError(400, str(error))
         except TinyFluxError as error:
             yield self._failed(error)
         finally:
             handle.cancel()
 
-    def _failed(self, error: TinyFluxError) -> Refused:
+    def _failed(self, error: TinyFluxError) -> ApiError:
         """Whether a picture failed by itself, or with the engine: another one may draw it then."""
         try:
             self._engine.check_health()
         except ServingError:
-            return Refused(503, str(error), BROKEN_SECONDS)
-        return Refused(500, str(error))
+            return ApiError(503, str(error), retry_after=BROKEN_SECONDS)
+        return ApiError(500, str(error))
 
     async def limits(self) -> PixelLimits:
         """The sizes that can be asked for, in pixels."""

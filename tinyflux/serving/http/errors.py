@@ -1,7 +1,6 @@
-"""Errors as OpenAI's API has them: a status, and one sentence in ``error.message``."""
+"""What each address says of its errors, and every mistake answered as an :class:`ApiError`."""
 
 from collections.abc import Mapping
-from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,8 +10,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tinyflux.errors import InputError
+from tinyflux.serving.errors import ApiError
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAX_SHOWN = 60  # characters
 _SENTENCES = {404: "there is nothing at this address", 405: "this address has no such method"}
 
@@ -56,59 +55,6 @@ def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # Of every address, and of one that takes a body.
 ERRORS = errors_of(401, 403, 421, 422, 500)
 BODY_ERRORS = errors_of(400, 408, 411, 413)
-
-
-class ApiError(Exception):
-    """A request that gets no picture.
-
-    Attributes:
-        param: the field at fault.
-        code: OpenAI's word for the mistake.
-        retry_after: seconds after which another try may do better.
-        closes: whether the connection ends with the answer: its body was not read to the end, so
-            there is no place for a next request.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-        closes: bool = False,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after, self.closes = retry_after, closes
-
-    def body(self) -> dict[str, Any]:
-        """``{"error": {...}}``."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {
-            "error": {
-                "message": encodable(self.message),
-                "type": _TYPES.get(self.status, kind),
-                "param": None if self.param is None else encodable(self.param),
-                "code": self.code,
-            }
-        }
-
-    def answer(self) -> JSONResponse:
-        """The whole answer, with ``Retry-After`` where it is known."""
-        headers = {}
-        if self.retry_after is not None:
-            headers["Retry-After"] = str(max(1, ceil(self.retry_after)))
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if self.closes:
-            headers["Connection"] = "close"
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
-
-
-def encodable(text: str) -> str:
-    """``text`` with ``?`` for what cannot be written as UTF-8."""
-    return text.encode(errors="replace").decode()
 
 
 def shown(text: str) -> str:

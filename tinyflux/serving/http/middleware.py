@@ -8,8 +8,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyflux.serving.config import ServeConfig
+from tinyflux.serving.errors import ApiError
 from tinyflux.serving.http.auth import ApiKeys, is_loopback
-from tinyflux.serving.http.errors import ApiError, shown
+from tinyflux.serving.http.errors import shown
 from tinyflux.serving.metrics import RequestMetrics
 
 # Open to everyone: no pictures are drawn there, and a kept picture's name is its own secret.

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from tinyflux.inference.events import Drawn, Step
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
+from tinyflux.serving.errors import ApiError
 from tinyflux.serving.events import Event
 from tinyflux.serving.http.auth import KEYLESS
 from tinyflux.serving.http.dependencies import Client
-from tinyflux.serving.http.errors import BODY_ERRORS, ApiError, errors_of
+from tinyflux.serving.http.errors import BODY_ERRORS, errors_of
 from tinyflux.serving.http.schemas import Count, Guidance, Interval, Seed, Solver, Text
 from tinyflux.serving.http.sse import SSE_HEADERS, server_sent
 from tinyflux.serving.http.truncation import DOCUMENTED, truncation_fields, truncation_headers
