@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.fixtures import waiting
+from tests.fixtures.requests import request
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, zoo_config
 from tinyflux.errors import (
     CheckpointError,
@@ -95,19 +96,6 @@ def alone(place):
         )[0]
 
     return draw
-
-
-def request(**changes) -> SampleRequest:
-    values = {
-        "prompt": "red circle",
-        "negative_prompt": "",
-        "num_steps": 3,
-        "guidance_scale": 2.0,
-        "height": 16,
-        "width": 24,
-        "seed": 3,
-    }
-    return SampleRequest(**{**values, **changes})
 
 
 def long(**changes) -> SampleRequest:
@@ -286,7 +274,7 @@ def test_what_is_not_read_of_a_prompt_is_told_with_its_picture(place):
         for handle in (short, long, again):
             handle.result(TIMEOUT)
         assert (short.cut, short.negative_cut) == (READ_WHOLE, READ_WHOLE)
-        cut = engine._zoo.cut_tokens(["red " * 100, "blue " * 9])
+        cut = engine.zoo.cut_tokens(["red " * 100, "blue " * 9])
         assert cut[0] == (70, 277)
         assert cut[1].clip == 0 < cut[1].t5
         assert [long.cut, long.negative_cut] == cut
@@ -296,13 +284,13 @@ def test_what_is_not_read_of_a_prompt_is_told_with_its_picture(place):
 def test_prompts_are_encoded_once_and_the_oldest_forgotten(place):
     with opened(place, prompt_cache=2) as engine:
         encoded = []
-        real = engine._zoo.encode_prompts_batched
+        real = engine.zoo.encode_prompts_batched
 
         def watched(prompts, **options):
             encoded.extend(prompts)
             return real(prompts, **options)
 
-        engine._zoo.encode_prompts_batched = watched
+        engine.zoo.encode_prompts_batched = watched
         for prompt in ("red circle", "red circle", "blue square", "blue square", "red circle"):
             engine.generate(request(prompt=prompt, num_steps=1))
         # The negative prompt "" is used by all, so it stays; of the others one fits beside it.
@@ -349,7 +337,7 @@ def test_a_full_queue_refuses_and_what_was_accepted_is_drawn(place, alone):
 def test_encoding_and_decoding_do_not_stall_the_loop(place, monkeypatch):
     with opened(place, max_batch=4) as engine:
         engine.generate(request())
-        encode = Gate(monkeypatch, engine._zoo, "encode_prompts_batched")
+        encode = Gate(monkeypatch, engine.zoo, "encode_prompts_batched")
         first = engine.submit(long())  # its prompts are known
         waits = engine.submit(request(prompt="green heart"))
         wait_for(lambda: encode.calls)
@@ -357,7 +345,7 @@ def test_encoding_and_decoding_do_not_stall_the_loop(place, monkeypatch):
         encode.open.set()
         waits.result(TIMEOUT)
 
-        decode = Gate(monkeypatch, engine._zoo, "decode_latents")
+        decode = Gate(monkeypatch, engine.zoo, "decode_latents")
         before = engine.stats()["steps"]
         handles = [engine.submit(request(seed=seed, num_steps=seed)) for seed in (1, 9)]
         wait_for(lambda: decode.calls and engine.stats()["steps"] - before >= 9)
@@ -370,7 +358,7 @@ def test_encoding_and_decoding_do_not_stall_the_loop(place, monkeypatch):
 def test_a_request_waits_for_its_own_previews_and_for_no_other(place, monkeypatch):
     with opened(place, max_batch=4) as engine:
         engine.generate(request())
-        decode = Gate(monkeypatch, engine._zoo, "decode_latents")
+        decode = Gate(monkeypatch, engine.zoo, "decode_latents")
         wait_for(lambda: engine.stats()["batch_size"] == 0)  # its last step is counted
         before = engine.stats()["steps"]
         eager = engine.submit(request(num_steps=40, preview_every=1, width=8))
@@ -389,24 +377,24 @@ def test_a_request_waits_for_its_own_previews_and_for_no_other(place, monkeypatc
 def test_an_error_of_one_request_is_its_own(place, alone, monkeypatch):
     with opened(place, max_batch=4) as engine:
         beside = engine.submit(long())
-        encode = engine._zoo.encode_prompts_batched
+        encode = engine.zoo.encode_prompts_batched
 
         def choosy(prompts, *args, **kwargs):
             if prompts == ["blue"]:
                 raise InputError("not blue")
             return encode(prompts, *args, **kwargs)
 
-        monkeypatch.setattr(engine._zoo, "encode_prompts_batched", choosy)
+        monkeypatch.setattr(engine.zoo, "encode_prompts_batched", choosy)
         with pytest.raises(InputError, match="not blue"):
             engine.submit(request(prompt="blue")).result(TIMEOUT)
-        real = engine._zoo.decode_latents
+        real = engine.zoo.decode_latents
 
         def broken(latents, shift=None):
             if latents.shape[-1] == 2:
                 raise RuntimeError("no such width")
             return real(latents, shift=shift)
 
-        monkeypatch.setattr(engine._zoo, "decode_latents", broken)
+        monkeypatch.setattr(engine.zoo, "decode_latents", broken)
         with pytest.raises(ServingError, match=r"it was decoded.*no such width"):
             engine.submit(request(width=8)).result(TIMEOUT)
         with pytest.raises(ServingError, match=r"a preview was decoded.*no such width"):

@@ -3,10 +3,10 @@ import io
 import pytest
 from PIL import Image
 
+from tests.fixtures.requests import request
 from tests.fixtures.serving_place import make_place
 from tests.fixtures.worlds import zoo_config
 from tinyflux.errors import InputError
-from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine
 
@@ -23,19 +23,6 @@ def engine(place):
         default_steps=2, default_size=16,
     )  # fmt: skip
     return open_engine(config, zoo_config(place / "world"))
-
-
-def request(**changes) -> SampleRequest:
-    values = {
-        "prompt": "red circle",
-        "negative_prompt": "",
-        "num_steps": 2,
-        "guidance_scale": 2.0,
-        "height": 16,
-        "width": 24,
-        "seed": 3,
-    }
-    return SampleRequest(**{**values, **changes})
 
 
 def test_a_request_gives_one_picture_of_its_size_and_seed(engine):

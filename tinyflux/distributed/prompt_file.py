@@ -9,8 +9,8 @@ from typing import Any
 
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import InputError
+from tinyflux.inference.checks import check_sampling
 from tinyflux.inference.request import SampleRequest
-from tinyflux.inference.sampler import check_request
 from tinyflux.util.config import nearest
 from tinyflux.util.limits import MAX_SIDE
 from tinyflux.util.picture_size import PictureSize, check_side, parse_size
@@ -147,7 +147,7 @@ def _request(values: Mapping[str, Any], default: PictureSize, downscale: int) ->
         width=size.width,
         seed=values["seed"],
     )
-    check_request(
+    check_sampling(
         request.height // downscale,
         request.width // downscale,
         request.num_steps,

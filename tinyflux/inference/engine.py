@@ -15,6 +15,7 @@ from tinyflux.errors import (
     TinyFluxError,
 )
 from tinyflux.inference.batch import Sample, advance
+from tinyflux.inference.checks import check_request
 from tinyflux.inference.config import EngineConfig, PixelLimits
 from tinyflux.inference.events import Step
 from tinyflux.inference.prompt_cache import PromptCache, PromptEncoders
@@ -83,7 +84,7 @@ class ImageEngine:
     """
 
     def __init__(self, model: TinyFluxDeep, zoo: EngineModels, config: EngineConfig):
-        self.config, self._zoo = config, zoo
+        self.config, self.zoo = config, zoo
         self._model, self._weights = model.eval(), 0
         weight = next(model.parameters())
         self._device = weight.device
@@ -106,12 +107,12 @@ class ImageEngine:
 
     def pixel_limits(self) -> PixelLimits:
         """The sizes that can be asked for."""
-        step = self._zoo.downscale * self._model.config.patch_size
+        step = self.zoo.downscale * self._model.config.patch_size
         return PixelLimits(step, self.config.max_height, self.config.max_width)
 
     def check(self, request: SampleRequest) -> None:
         """Refuse what is out of bounds with an :class:`InputError` of one sentence."""
-        self.config.check(request, self.pixel_limits())
+        check_request(request, self.config, self.pixel_limits())
 
     def submit(self, request: SampleRequest) -> RequestHandle:
         """Accept a request; does not wait for anything.
@@ -243,7 +244,7 @@ class ImageEngine:
     def _encode(self, sample: Sample) -> None:
         if sample.handle.ended:
             return
-        request, config, step = sample.request, sample.model.config, self._zoo.downscale
+        request, config, step = sample.request, sample.model.config, self.zoo.downscale
         height, width = request.height // step, request.width // step
         try:
             sample.cond, sample.handle.cut = self._prompts(request.prompt)
@@ -364,4 +365,4 @@ class ImageEngine:
         """``[3, H, W]`` in [0, 1] on the CPU of latents ``[C, h, w]``, there at ``made``."""
         take_over(x, made)
         shift = self._model.config.latent_shift
-        return self._zoo.decode_latents(x[None], shift=shift)[0].float().clamp(0, 1).cpu()
+        return self.zoo.decode_latents(x[None], shift=shift)[0].float().clamp(0, 1).cpu()

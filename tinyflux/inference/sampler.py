@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.errors import InputError
+from tinyflux.inference.checks import check_sampling
 from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.inference.solvers import Trajectory, check_solver
 from tinyflux.model.config import TinyFluxConfig
@@ -23,10 +24,8 @@ from tinyflux.model.packing import token_grid
 from tinyflux.model.time_shift import flux_shift, shift_at
 from tinyflux.util.files import atomic_write
 from tinyflux.util.images import grid_columns, image_grid, png_bytes
-from tinyflux.util.limits import MAX_SIDE, MAX_STEPS
 from tinyflux.util.seeding import randn_for
 
-MAX_SEED = 2**63 - 1
 DECODE_BATCH = 8  # pictures in the VAE at once, which takes far more memory than the student
 
 
@@ -65,25 +64,6 @@ def sample_times(config: TinyFluxConfig, num_steps: int, height: int, width: int
 def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
     """``[len(seeds), C, H, W]``, each from its own seed on the CPU."""
     return torch.stack([randn_for((channels, height, width), "sample", seed) for seed in seeds])
-
-
-def check_request(
-    height: int, width: int, num_steps: int, guidance_scale: float, seeds: Sequence[int] = ()
-) -> None:
-    """Refuse what cannot be sampled with an :class:`InputError` that says why."""
-    for name, value, limit in (
-        ("height", height, MAX_SIDE),
-        ("width", width, MAX_SIDE),
-        ("num_steps", num_steps, MAX_STEPS),
-    ):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= limit:
-            raise InputError(f"{name} must be a whole number from 1 to {limit}, not {value!r}")
-    if not 0 <= guidance_scale <= 100:
-        raise InputError(f"guidance_scale must be from 0 to 100, not {guidance_scale!r}")
-    for seed in seeds:
-        if not 0 <= seed <= MAX_SEED:
-            raise InputError(f"a seed must be from 0 to {MAX_SEED}, not {seed!r}")
 
 
 def decode(zoo: Encoders, latents: Tensor, shift: float) -> Tensor:
@@ -151,7 +131,7 @@ class Sampler:
         if not prompts:
             raise InputError("there are no prompts")
         seeds = _seeds(seed, len(prompts))
-        check_request(height, width, num_steps, guidance_scale, seeds)
+        check_sampling(height, width, num_steps, guidance_scale, seeds)
         check_solver(solver)
         token_grid(height, width, self.model.config.patch_size)
 
