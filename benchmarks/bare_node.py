@@ -4,6 +4,7 @@
 submits one job twice, as docs/clusters.md has it for a cluster of somebody else's.
 """
 
+import argparse
 import os
 import shutil
 import socket
@@ -15,12 +16,17 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
+from record import add_json_option, record
+
 ROOT = Path(__file__).resolve().parents[1]
 JOB = "import sys, torch, deepspeed, tinyflux; print('ran with torch', torch.__version__)"
 
 
 def main() -> None:
-    """Print the seconds of each step."""
+    """Measure the seconds of each step."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_json_option(parser)
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="tf", dir="/tmp"))  # sockets need a short path
     binaries = folder / "bare" / "bin"
     environment = {
@@ -34,7 +40,7 @@ def main() -> None:
     ray = f"ray[default]=={version('ray')}"
     constraints = ROOT / "constraints.txt"
     subprocess.run([binaries / "pip", "install", "--quiet", "-c", constraints, ray], check=True)
-    print(f"environment with Ray alone: {time.monotonic() - began:.0f} s", flush=True)
+    seconds = {"environment with Ray alone": time.monotonic() - began}
 
     gcs, dashboard, agent, client = _free_ports(4)
     address = f"http://127.0.0.1:{dashboard}"
@@ -57,11 +63,12 @@ def main() -> None:
                  "--runtime-env", "runtime_env.yaml", "--", "python", "-c", JOB],
                 env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
-            print(f"{which} job: {time.monotonic() - began:.0f} s", flush=True)
+            seconds[f"{which} job"] = time.monotonic() - began
     finally:
         head.terminate()
         head.wait()
         shutil.rmtree(folder, ignore_errors=True)
+    record({"seconds": {name: round(taken) for name, taken in seconds.items()}}, options.json)
 
 
 def _free_ports(count: int) -> list[int]:

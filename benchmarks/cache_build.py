@@ -12,10 +12,7 @@ are printed beside them. Prints JSON.
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from record import add_json_option, record
 
 from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
@@ -99,6 +97,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="folder of npm tarballs: do not fetch them")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    add_json_option(parser)
     arguments = parser.parse_args()
     world = str(SHIPPED)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,9 +120,7 @@ def main() -> None:
                 rates[name].append(count / steady)
                 rates[f"{name}_whole"].append(count / whole)
     best = {name: round(sorted(values)[len(values) // 2], 2) for name, values in rates.items()}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     result = {
-        "machine": machine,
         "pictures": count,
         "size": arguments.size,
         "actors": arguments.actors,
@@ -131,7 +128,7 @@ def main() -> None:
         "ratio_steady": round(best["ray"] / best["bare"], 3),
         "ratio_whole": round(best["ray_whole"] / best["bare_whole"], 3),
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ TinyFlux does.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from record import add_json_option, record
 from torch import Tensor
 
 from tinyflux.cache.manifest import ShardInfo
@@ -77,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=20)
+    add_json_option(parser)
     arguments = parser.parse_args()
     rows = arguments.rows
     columns = features(rows, arguments.tokens)
@@ -113,7 +112,6 @@ def main() -> None:
         values["bytes_to_predecessor"] = values["kib_per_sample"] / PREDECESSOR_KIB
         values["reads_to_memory_map"] = values["reads_per_second"] / base
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "rows": rows,
         "tokens": arguments.tokens,
         "storage": {
@@ -121,7 +119,7 @@ def main() -> None:
             for name, values in found.items()
         },
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

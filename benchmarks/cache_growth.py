@@ -9,8 +9,6 @@ per row to those of the smallest dataset; a ratio above 1 would mean growth fast
 
 import argparse
 import json
-import os
-import platform
 import resource
 import struct
 import subprocess
@@ -24,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from record import add_json_option, record
 
 from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
@@ -118,6 +117,7 @@ def measure(folder: str, rows: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,8 +133,7 @@ def main() -> None:
         rows: {n: round(v / first[n] * SIZES[0] / rows, 3) for n, v in values.items()}
         for rows, values in found.items()
     }
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "rows": found, "per_row_to_1000": ratios}, indent=2))
+    record({"rows": found, "per_row_to_1000": ratios}, arguments.json)
 
 
 if __name__ == "__main__":

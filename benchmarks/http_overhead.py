@@ -12,9 +12,7 @@ Prints JSON; progress goes to stderr.
 """
 
 import argparse
-import json
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -28,6 +26,7 @@ import httpx
 import ray
 import torch
 from ray import serve
+from record import add_json_option, record
 
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.inference.engine import ImageEngine
@@ -106,6 +105,7 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of either engine")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # the replica's
@@ -142,7 +142,6 @@ def main() -> None:
             engine.close()
 
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "threads": arguments.threads,
         "alone": single,
         "together": {
@@ -153,7 +152,7 @@ def main() -> None:
             "ratio": round(statistics.median(through / direct for direct, through in turns), 3),
         },
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ step's seconds. Progress goes to stderr.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import ray
 import torch
+from record import add_json_option, record
 
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.receipts import all_receipts
@@ -69,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="tinyflux-") as folder, redirect_stdout(sys.stderr):
@@ -106,7 +105,6 @@ def main() -> None:
         ),
     }
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "workers": arguments.workers,
         **{
             name: {
@@ -119,7 +117,7 @@ def main() -> None:
         # With Ray's start, which no plan counts: it is the same for hours of work.
         "whole_jobs_seconds": {"cache": round(cache_seconds, 1), "train": round(train_seconds, 1)},
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ Prints JSON; progress goes to stderr.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import add_json_option, record
 
 SHAPES = {
     "latents": (16, 64, 64),
@@ -57,6 +58,13 @@ LOADERS = {
     "ray data": (0,),
     "memory map": (0,),
     "sequential": (0,),
+}
+# Of those that are packages of others.
+PACKAGES = {
+    "mosaicml-streaming": "mosaicml-streaming",
+    "litdata": "litdata",
+    "webdataset": "webdataset",
+    "ray data": "ray",
 }
 MODULES = {
     OURS: "tinyflux.data.reader",
@@ -283,6 +291,8 @@ def one(arguments: argparse.Namespace) -> None:
         )
         if sum(map(total, passed)) != sum(map(total_of_shard, range(shards))):
             raise SystemExit(f"{loader} did not give every sample once, as it was written")
+    if loader in PACKAGES:
+        result["version"] = version(PACKAGES[loader])
     print(json.dumps(result))
 
 
@@ -304,6 +314,7 @@ def main() -> None:
     parser.add_argument("--others-python", default=sys.executable, help="see above")
     parser.add_argument("--one", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.one:
         one(arguments)
@@ -315,8 +326,11 @@ def main() -> None:
             results = [measured(loader, n, Path(folder), arguments) for n in tried]
             good = [result for result in results if "warm" in result]
             found[loader] = results[0] if not good else {
-                state: max((r[state] for r in good), key=lambda r: r["samples_per_second"])
-                for state in ("cold", "warm")
+                **good[0],
+                **{
+                    state: max((r[state] for r in good), key=lambda r: r["samples_per_second"])
+                    for state in ("cold", "warm")
+                },
             }  # fmt: skip
     ours = found[OURS]
     ratios = {
@@ -330,11 +344,10 @@ def main() -> None:
         for state in ("cold", "warm")
         if "warm" in ours
     }
-    print(json.dumps({
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    record({
         "mib": arguments.mib, "sample_bytes": SAMPLE_BYTES, "batch_size": arguments.batch_size,
         "shuffle_window": SHUFFLE, "loaders": found, "ours": ratios,
-    }, indent=2))  # fmt: skip
+    }, arguments.json)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ Parts:
 import argparse
 import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from record import add_json_option, record
 
 from tinyflux.cache.config import DataConfig, MixSource
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
@@ -296,11 +295,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--most", type=int, default=10**9, help="largest size that is measured")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
         return
-    result: dict[str, object] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    result: dict[str, object] = {}
     for part in arguments.parts:
         found = {}
         for samples in (size for size in SIZES[part] if size <= arguments.most):
@@ -312,7 +312,7 @@ def main() -> None:
         if len(found) > 1:
             ahead = {f"{size:.0e}": carried(found, size) for size in (10**8, 10**9)}
         result[part] = {"measured": found, "carried_on": ahead}
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ Prints JSON; progress goes to stderr.
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -49,6 +47,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
+from record import add_json_option, record
 from torch import Tensor
 
 from tinyflux.inference.engine import ImageEngine
@@ -360,6 +359,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--batch-wait", type=float, default=0.1, help="serve.batch's, in seconds")
     parser.add_argument("--cores", type=int, default=1, help="that every contender has")
+    add_json_option(parser)
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[: arguments.cores]
     os.sched_setaffinity(0, cores)
@@ -381,7 +381,6 @@ def main() -> None:
         found = asyncio.run(run(engine, sampler, arguments))
         pixels = arguments.pixels
         result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             "cores_used": len(cores),
             "seeds": arguments.seeds,
             "pixels": pixels,
@@ -393,7 +392,7 @@ def main() -> None:
             "new_over_known_prompts": prompt_ratios(engine, pixels, 12),
         }
         engine.close()
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ Prints JSON, and ends with status 1 if something was wrong; progress goes to std
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import random
 import socket
 import statistics
@@ -38,6 +36,7 @@ import psutil
 import ray
 import torch
 from ray import serve
+from record import add_json_option, record
 
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.errors import ServingError, TinyFluxError
@@ -262,6 +261,7 @@ def main() -> None:
         "--slope", type=float, default=2.0, help="MiB a minute (or a wave) that is flat"
     )
     parser.add_argument("--waves", type=int, default=0, help="of clients of a whole server")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -277,10 +277,9 @@ def main() -> None:
                 checkpoint, zoo, arguments.minutes, arguments.clients, arguments.slope
             )
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         **found,
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
     sys.exit(0 if result["ok"] else 1)
 
 

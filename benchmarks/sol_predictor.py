@@ -16,7 +16,7 @@ drawing's statistics, or nothing (its predictions, as in use).
 
 Intervals are 95%, by resampling the held-out drawings (each drawing's mean over seeds). Everything
 is of the EMA weights. Settings are the demo's; ``--set trainer.x=y`` changes any. What was drawn,
-encoded and trained is kept in ``--work`` and used again. Prints JSON; ``--output`` writes it.
+encoded and trained is kept in ``--work`` and used again. Prints JSON; ``--json`` writes it.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import add_json_option, record
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import T5Tokenizer
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="trainer.x=y")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores")
-    parser.add_argument("--output", type=Path)
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
@@ -352,11 +353,7 @@ def main() -> None:
             for arm, runs in arms.items()
         },
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(arguments.output, text.encode())
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

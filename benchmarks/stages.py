@@ -4,15 +4,13 @@ Prints JSON: the machine, and samples per second of each stage on the shipped to
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
+from record import add_json_option, record
 
 from tinyflux.cache.extract import Extractor
 from tinyflux.data.batches import TrainBatch
@@ -42,6 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    add_json_option(parser)
     arguments = parser.parse_args()
     device, size, repeats = arguments.device, arguments.batch_size, arguments.repeats
 
@@ -84,14 +83,13 @@ def main() -> None:
     }
     result = {
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "threads": torch.get_num_threads(),
         "batch_size": size,
         "samples_per_second": {
             name: rate(work, size, repeats, device) for name, work in stages.items()
         },
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

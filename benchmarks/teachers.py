@@ -9,10 +9,8 @@ and takes statistics after the forward.
 """
 
 import argparse
-import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from record import add_json_option, record
 from torch import Tensor
 
 from tinyflux.model.teachers import SPATIAL_SIZE, SolFeatures, lune_features, sol_features
@@ -154,6 +153,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_json_option(parser)
     given = parser.parse_args()
     arguments = (given.batch_size, given.device, getattr(torch, given.dtype))
     torch.set_num_threads(given.threads)
@@ -179,7 +179,6 @@ def main() -> None:
 
     result = {
         "device": given.device if given.device == "cpu" else torch.cuda.get_device_name(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "threads": given.threads,
         "load": [round(load, 2) for load in os.getloadavg()],
         "dtype": given.dtype,
@@ -199,7 +198,7 @@ def main() -> None:
         "median_seconds": {way: round(float(np.median(found)), 3) for way, found in times.items()},
         "peak_megabytes": {way: round(bytes / 2**20, 1) for way, bytes in peaks.items()},
     }
-    print(json.dumps(result, indent=2))
+    record(result, given.json)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ Prints JSON; progress goes to stderr.
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +27,7 @@ from pathlib import Path
 
 import ray
 import torch
+from record import add_json_option, record
 
 from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.config import RunConfig
@@ -138,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="per turn")
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    add_json_option(parser)
     arguments = parser.parse_args()
     steps, rounds = arguments.steps, arguments.rounds
     torch.set_num_threads(arguments.threads)
@@ -173,7 +172,6 @@ def main() -> None:
 
     ratios = [2 * job[index] / (bare[index] + bare[index + 1]) for index in range(rounds)]
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "engine": arguments.engine,
         "zero_stage": arguments.zero_stage,
         "threads": arguments.threads,
@@ -185,7 +183,7 @@ def main() -> None:
         "ratios": [round(ratio, 3) for ratio in ratios],
         "ratio": round(statistics.median(ratios), 3),
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the pages say against what is there: links, paths, symbols, settings and commands."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +55,11 @@ def test_every_setting_and_command_exists(page):
 def test_the_index_of_benchmarks_names_each_script():
     targets = {target.name for _, target in links(ROOT / "benchmarks" / "README.md")}
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} <= targets
+
+
+def test_tables_of_figures_are_those_of_the_records():
+    pages = "".join(page.read_text() for page in PAGES)
+    assert len(re.findall("<!-- figures: ", pages)) == len(re.findall("<!-- end of", pages)) > 0
+    command = [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
