@@ -19,9 +19,7 @@ the loop's log goes to stderr.
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,11 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import add_json_option, record
 
 from tinyflux.data.batches import StepData, TrainBatch
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import STATE_FILE, TrainerState, step_directory
+from tinyflux.run_dir import CHECKPOINT_STATE
+from tinyflux.trainer.checkpoint_folder import step_directory
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
@@ -106,7 +107,7 @@ class Run:
                 done = len(times)  # steps
                 times.append(time.perf_counter())
                 saved = done - done % self.period
-                if saved and (step_directory(root, saved) / STATE_FILE).exists():
+                if saved and (step_directory(root, saved) / CHECKPOINT_STATE).exists():
                     written.setdefault(saved, done - saved)
                 yield StepData([self.batch], done + 1, 0, done + 1, size=1)
 
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=2, help="counted ones of each turn")
     parser.add_argument("--turns", type=int, default=1, help="of each way")
     parser.add_argument("--directory", help="where to write; left out, the system's temporary one")
+    add_json_option(parser)
     arguments = parser.parse_args()
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
@@ -179,7 +181,6 @@ def main() -> None:
                 found += run.turn(name == "asynchronous", Path(root))
     ways = {name: summary(found) for name, found in periods.items()}
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         **ways,
         "ratio": {
@@ -187,7 +188,7 @@ def main() -> None:
             for name in ("stall_seconds", "cost_seconds")
         },
     }
-    print(json.dumps(result, indent=2))
+    record(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import socket
 import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from record import add_json_option, record
 from torch.multiprocessing.spawn import spawn
 
 from tinyflux.data.batches import StepData, TrainBatch
@@ -25,7 +25,7 @@ from tinyflux.distributed.deepspeed import DeepSpeedEngine
 from tinyflux.distributed.memory import worker_bytes
 from tinyflux.model.config import TinyFluxConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import TrainerState
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.loop import TrainLoop
@@ -100,6 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--workers", type=int, default=2)
+    add_json_option(parser)
     arguments = parser.parse_args()
     stages: dict[str, dict[str, float]] = {}
     parameters = 0
@@ -125,12 +126,11 @@ def main() -> None:
     first = stages["zero0"]["measured_mib"]
     for figures in stages.values():
         figures["over_zero0"] = round(figures["measured_mib"] / first, 3)
-    print(json.dumps({
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    record({
         "workers": arguments.workers,
         "parameters": parameters,
         **stages,
-    }, indent=2))  # fmt: skip
+    }, arguments.json)  # fmt: skip
 
 
 if __name__ == "__main__":

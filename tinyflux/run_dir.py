@@ -22,6 +22,8 @@ CONFIG = "config.yaml"
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_STATE = "trainer_state.json"
+CHECKPOINT_EMA = "ema.safetensors"
+CHECKPOINT_OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 BEST = "best.json"
 SAMPLES = "samples"

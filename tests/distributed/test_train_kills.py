@@ -28,8 +28,8 @@ from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
-from tinyflux.trainer.checkpoint import read_state
 from tinyflux.trainer.checkpoint_search import latest_checkpoint
+from tinyflux.trainer.checkpoint_state import read_state
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import to_dict

@@ -22,7 +22,8 @@ from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
 from tinyflux.model.config import ZooConfig, preset
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import CheckpointData, TrainerState, save_checkpoint
+from tinyflux.trainer.checkpoint import CheckpointData, save_checkpoint
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 
 

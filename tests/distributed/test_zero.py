@@ -18,10 +18,10 @@ from tinyflux.errors import ConfigError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
-    TrainerState,
     load_checkpoint,
     save_checkpoint,
 )
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine

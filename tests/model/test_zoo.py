@@ -101,7 +101,7 @@ def test_long_prompts_are_cut_as_the_tokenizers_cut_them(zoo):
 def test_what_is_cut_is_counted_and_said(world, caplog):
     zoo = zoo_config(world).build(student_config())
     (clip, t5), short = zoo.cut_tokens(["red " * 200, "red circle"])
-    assert not zoo._models  # tokenizers are enough
+    assert not zoo.loaded  # tokenizers are enough
     assert short == (0, 0)
     whole = [len(load()[0]("red " * 200).input_ids) for load in (zoo.load_clip, zoo.load_t5)]
     assert (clip, t5) == (whole[0] - 32, whole[1] - 24)
@@ -140,14 +140,14 @@ def test_clip_s_limit_is_read_from_a_whole_clip_s_config_as_well(world, tmp_path
 def test_pickled_weights_are_refused(world, tmp_path, name, weights):
     folder = shutil.copytree(world, tmp_path / "world")
     zoo = zoo_config(folder).build(student_config())
-    loaded = zoo._loaders[name]()
+    loaded = zoo.load(name)
     model = loaded[1] if isinstance(loaded, tuple) else loaded
     path = folder / weights
     for safe in path.parent.glob("*.safetensors"):
         safe.unlink()
     torch.save(model.state_dict(), path)
     with pytest.raises(HubError, match=r"safetensors") as caught:
-        zoo_config(folder).build(student_config())._loaders[name]()
+        zoo_config(folder).build(student_config()).load(name)
     assert "\n" not in str(caught.value)
 
 

@@ -27,7 +27,8 @@ from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.plan import encoders
 from tinyflux.plan.plan import make_plan
 from tinyflux.plan.work import count_step, flop_counter, forward_flops, step_work
-from tinyflux.trainer.checkpoint import CheckpointData, TrainerState, save_checkpoint
+from tinyflux.trainer.checkpoint import CheckpointData, save_checkpoint
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine

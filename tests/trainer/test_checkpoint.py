@@ -12,8 +12,10 @@ from tinyflux.errors import CheckpointError, DamagedCheckpointError, InputError,
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.loader import load_model
 from tinyflux.storage.folder import LocalFolder
-from tinyflux.trainer.checkpoint import load_checkpoint, prune, read_state
+from tinyflux.trainer.checkpoint import load_checkpoint
+from tinyflux.trainer.checkpoint_folder import prune
 from tinyflux.trainer.checkpoint_search import latest_checkpoint, load_newest
+from tinyflux.trainer.checkpoint_state import read_state
 from tinyflux.trainer.metrics import MetricLog, best_record, read_metrics
 
 WRITTEN = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.json")
@@ -27,6 +29,12 @@ def saved(tmp_path):
     path = tmp_path / "checkpoints" / "step_00000002"
     trainer.save_checkpoint(str(path))
     return trainer, path
+
+
+def optimizer_of(trainer, path):
+    """The optimizer's state as a checkpoint has it."""
+    trainer.save_checkpoint(str(path))
+    return load_file(path / "optimizer.safetensors")
 
 
 def flip(path, place):
@@ -158,12 +166,12 @@ def test_a_bad_optimizer_state_is_found_before_anything_is_changed(
     torch.manual_seed(1)
     fresh = make_trainer(tmp_path / "fresh", optimizer=optimizer)
     before, averaged = weights(fresh), shadow(fresh)
-    kept = fresh._engine.optimizer_state()
+    kept = optimizer_of(fresh, tmp_path / "before").keys()
     with pytest.raises(CheckpointError, match=message):
         fresh.load_checkpoint(str(path))
     assert torch.equal(weights(fresh), before)
     assert torch.equal(shadow(fresh), averaged)
-    assert fresh._engine.optimizer_state().keys() == kept.keys()
+    assert optimizer_of(fresh, tmp_path / "after").keys() == kept
     assert fresh.current_step == 0
     fresh.train()  # nothing of it is left half-loaded
 

@@ -45,7 +45,8 @@ from tinyflux.trainer.cache_experts import (
     LuneFeatureCache,
     MultiSourceCache,
 )
-from tinyflux.trainer.checkpoint import CheckpointData, remove_partial, save_checkpoint
+from tinyflux.trainer.checkpoint import CheckpointData, save_checkpoint
+from tinyflux.trainer.checkpoint_folder import remove_partial
 from tinyflux.trainer.checkpoint_search import latest_checkpoint
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.metrics import read_metrics

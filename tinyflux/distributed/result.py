@@ -12,7 +12,7 @@ from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.card import model_card
-from tinyflux.trainer.checkpoint import TrainerState
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.upload import Uploader
 from tinyflux.util.config import to_dict

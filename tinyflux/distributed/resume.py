@@ -13,8 +13,9 @@ from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError
 from tinyflux.model.initialization import draw_by_name
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.trainer.checkpoint import Checkpoint, TrainerState
+from tinyflux.trainer.checkpoint import Checkpoint
 from tinyflux.trainer.checkpoint_search import FoundCheckpoint, load_newest
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine

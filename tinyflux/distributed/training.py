@@ -20,7 +20,8 @@ from tinyflux.distributed.resume import (
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.storage.remote import RemoteFolder
-from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint, remove_partial
+from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint
+from tinyflux.trainer.checkpoint_folder import remove_partial
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluations, InlineEvaluator

@@ -1,41 +1,25 @@
-"""The frozen models: loaded once, moved between devices, asked for encodings.
+"""The frozen models, asked for encodings and for pictures."""
 
-A local directory goes wherever a hub repository's name goes.
-"""
-
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextConfig, T5EncoderModel, T5Tokenizer
 
 from tinyflux.errors import ConfigError, InputError
+from tinyflux.model.frozen_models import FrozenModels
 from tinyflux.model.pictures import batches, downscale, encode_pictures
-from tinyflux.model.pretrained import open_pretrained, open_teacher, open_vae, open_vae_config
+from tinyflux.model.pretrained import open_pretrained, open_vae_config
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
-from tinyflux.util.config import nearest
-from tinyflux.util.device import resolve_device
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-LUNE_FILENAME = "sd15-flow-lune-unet.safetensors"
-SOL_FILENAME = "sd15-flow-sol-unet.safetensors"
 
 
-class ModelZoo:
+class ModelZoo(FrozenModels):
     """Loads and runs the VAEs, text encoders and teachers.
 
     Args:
@@ -63,35 +47,10 @@ class ModelZoo:
         text_padding: str = "zero",
         vae_shift: float | None = None,
     ):
-        self.device, self.dtype = resolve_device(device), dtype
-        self.vae_repo, self.t5_repo, self.clip_repo = vae_repo, t5_repo, clip_repo
-        self.experts_repo, self.sd_repo = experts_repo, sd_repo
+        super().__init__(device, dtype, vae_repo, t5_repo, clip_repo, experts_repo, sd_repo)
         self.t5_layers, self.max_text_length = tuple(t5_layers), max_text_length
         self.text_padding, self.vae_shift = text_padding, vae_shift
-        self._models: dict[str, Any] = {}
-        self._tokenizers: dict[str, Any] = {}
         self._vae_config: Mapping[str, Any] | None = None
-        self._digests: dict[str, str] = {}
-        self._loaders: dict[str, Callable[[], Any]] = {
-            "vae": self.load_vae,
-            "sd_vae": self.load_sd_vae,
-            "t5": self.load_t5,
-            "clip": self.load_clip,
-            "lune": self.load_lune,
-            "sol": self.load_sol,
-        }
-
-    # Loading
-
-    def load_vae(self) -> AutoencoderKL:
-        """The student's VAE."""
-        return self._load("vae", lambda: open_vae(self.vae_repo, self.dtype))
-
-    def load_sd_vae(self) -> AutoencoderKL:
-        """The teachers' VAE; the student's own module if both come from one place."""
-        if self.sd_repo == self.vae_repo:
-            return self.load_vae()
-        return self._load("sd_vae", lambda: open_vae(self.sd_repo, self.dtype))
 
     def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
         """T5's tokenizer and encoder.
@@ -99,96 +58,14 @@ class ModelZoo:
         Raises:
             ConfigError: ``t5_layers`` names a layer that it has not.
         """
-        model = self._load(
-            "t5", lambda: open_pretrained(T5EncoderModel, self.t5_repo, dtype=self.dtype)
-        )
+        tokenizer, model = super().load_t5()
         last = model.config.num_layers
         if max(self.t5_layers) > last:
             raise ConfigError(
                 f"t5_layers = {list(self.t5_layers)} names a layer above {last}, the last of "
                 f"'{self.t5_repo}'"
             )
-        return self._t5_tokenizer(), model
-
-    def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
-        """CLIP's tokenizer and text model."""
-        model = self._load(
-            "clip", lambda: open_pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
-        )
-        return self._clip_tokenizer(), model
-
-    def load_lune(self, filename: str = LUNE_FILENAME) -> UNet2DConditionModel:
-        """The Lune teacher: folder ``lune/``, or else the file ``filename``."""
-        return self._load("lune", lambda: self._open_teacher("lune", filename))
-
-    def load_sol(self, filename: str = SOL_FILENAME) -> UNet2DConditionModel:
-        """The Sol teacher: folder ``sol/``, or else the file ``filename``."""
-        return self._load("sol", lambda: self._open_teacher("sol", filename))
-
-    def _open_teacher(self, name: str, filename: str) -> UNet2DConditionModel:
-        return open_teacher(self.experts_repo, name, filename, self.dtype)
-
-    def _load(self, name: str, opener: Callable[[], Any]) -> Any:
-        if name not in self._models:
-            self._models[name] = opener().eval().requires_grad_(False).to(self.device)
-        return self._models[name]
-
-    def _t5_tokenizer(self) -> Any:
-        return self._tokenizer("t5", T5Tokenizer, self.t5_repo)
-
-    def _clip_tokenizer(self) -> Any:
-        return self._tokenizer("clip", CLIPTokenizer, self.clip_repo)
-
-    def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:
-        if name not in self._tokenizers:
-            self._tokenizers[name] = open_pretrained(cls, repo)
-        return self._tokenizers[name]
-
-    # Memory management
-
-    def unload(self, name: str) -> None:
-        """Forget a model (``vae``, ``sd_vae``, ``t5``, ``clip``, ``lune`` or ``sol``)."""
-        self._check_name(name)
-        self._models.pop(name, None)
-        self._tokenizers.pop(name, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def offload(self) -> None:
-        """Move every loaded model to the CPU."""
-        for model in self._models.values():
-            model.to("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def reload(self) -> None:
-        """Move every loaded model back to ``device``."""
-        for model in self._models.values():
-            model.to(self.device)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self._loaders:
-            raise ConfigError(
-                f"the zoo has no model '{name}'{nearest(name, self._loaders)}: it has "
-                f"{', '.join(self._loaders)}"
-            )
-
-    def digest(self, name: str) -> str:
-        """SHA-256 over a model's vocabulary and its tensors' sorted names, shapes, fp32 values."""
-        self._check_name(name)
-        if name not in self._digests:
-            loaded = self._loaders[name]()
-            tokenizer, model = loaded if isinstance(loaded, tuple) else (None, loaded)
-            total = hashlib.sha256()
-            if tokenizer is not None:
-                total.update(repr(sorted(tokenizer.get_vocab().items())).encode())
-            for key, tensor in sorted(model.state_dict().items()):
-                total.update(f"{key}{tuple(tensor.shape)}".encode())
-                total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-            self._digests[name] = total.hexdigest()
-        return self._digests[name]
-
-    # Encoding
+        return tokenizer, model
 
     @property
     def vae_scale(self) -> float:
@@ -210,8 +87,8 @@ class ModelZoo:
     @property
     def downscale(self) -> int:
         """Pixels per latent along a side, for which the VAE's config suffices."""
-        if "vae" in self._models:
-            return downscale(self._models["vae"].config)
+        if "vae" in self.loaded:
+            return downscale(self.load_vae().config)
         if self._vae_config is None:
             self._vae_config = open_vae_config(self.vae_repo)
         return downscale(self._vae_config)
@@ -300,7 +177,7 @@ class ModelZoo:
 
     def t5_token_counts(self, prompts: list[str]) -> Tensor:
         """Tokens of each whole prompt ``[N]``, its end token included."""
-        tokenizer = self._t5_tokenizer()
+        tokenizer = self.t5_tokenizer()
         return torch.tensor([len(ids) for ids in tokenizer(list(prompts)).input_ids])
 
     @cached_property
@@ -315,8 +192,8 @@ class ModelZoo:
         """
         if not prompts:
             return []
-        clip = tokenize(self._clip_tokenizer(), prompts, self.clip_limit).cut.tolist()
-        t5 = tokenize(self._t5_tokenizer(), prompts, self.max_text_length).cut.tolist()
+        clip = tokenize(self.clip_tokenizer(), prompts, self.clip_limit).cut.tolist()
+        t5 = tokenize(self.t5_tokenizer(), prompts, self.max_text_length).cut.tolist()
         return [CutTokens(*counts) for counts in zip(clip, t5, strict=True)]
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:

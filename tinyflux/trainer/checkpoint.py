@@ -12,61 +12,25 @@ It is written under another name and renamed when it is whole: one that can be s
 """
 
 import copy
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from tinyflux.model.loader import save_model
+from tinyflux.errors import CheckpointError, DamagedCheckpointError
+from tinyflux.model.loader import WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.weights import check_tensors
+from tinyflux.run_dir import CHECKPOINT_EMA, CHECKPOINT_OPTIMIZER
+from tinyflux.trainer.checkpoint_state import TrainerState, read_state, write_state
 from tinyflux.trainer.ema import read_shadow, save_shadow
-from tinyflux.util.config import from_dict, to_dict
-from tinyflux.util.files import atomic_write, file_sha256
-
-FORMAT_VERSION = 1
-STATE_FILE = "trainer_state.json"
-EMA_NAME = "ema.safetensors"
-STATE_DIGEST = "sha256"  # in it, of all that it says beside
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands.
-
-    Attributes:
-        step: optimizer steps done.
-        samples_seen: samples trained on, which is the position of the next.
-        epoch: passes over the data that are complete.
-        epoch_batches: micro-batches done of the pass under way.
-        seed: the run's seed.
-        trainer: the TrainerConfig as plain data.
-        format_version: of this file.
-        files: SHA-256 of the checkpoint's other files by name; empty in those that were written
-            before it was kept.
-        init_from: ``source`` and ``sha256`` of the weights that the run began with; empty if it
-            began with random ones.
-    """
-
-    step: int = 0
-    samples_seen: int = 0
-    epoch: int = 0
-    epoch_batches: int = 0
-    seed: int = 0
-    trainer: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    files: dict[str, str] = field(default_factory=dict)
-    init_from: dict[str, str] = field(default_factory=dict)
+from tinyflux.util.files import file_sha256
 
 
 @dataclass
@@ -129,10 +93,10 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData)
     try:
         partial.mkdir(parents=True)
         save_model(contents.model, partial, contents.weights)
-        save_shadow(partial / EMA_NAME, contents.shadow, contents.ema_decay, torch.float32)
-        save_file(_whole(contents.optimizer), partial / "optimizer.safetensors")
+        save_shadow(partial / CHECKPOINT_EMA, contents.shadow, contents.ema_decay, torch.float32)
+        save_file(_whole(contents.optimizer), partial / CHECKPOINT_OPTIMIZER)
         state = replace(contents.state, files=_flushed(partial))
-        _write_state(partial / STATE_FILE, state)
+        write_state(partial, state)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(partial, directory)
@@ -161,9 +125,9 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
             _compare(directory, state)
         checkpoint = Checkpoint(
             path=directory,
-            model=load_file(directory / "model.safetensors"),
-            shadow=read_shadow(directory / EMA_NAME)[0],
-            optimizer=load_file(directory / "optimizer.safetensors"),
+            model=load_file(directory / WEIGHTS_NAME),
+            shadow=read_shadow(directory / CHECKPOINT_EMA)[0],
+            optimizer=load_file(directory / CHECKPOINT_OPTIMIZER),
             state=state,
         )
         if verify:
@@ -197,80 +161,6 @@ def _check_numbers(checkpoint: Checkpoint) -> None:
                 raise DamagedCheckpointError(
                     f"{name}.safetensors holds numbers that are not finite, in {key}"
                 )
-
-
-def read_state(directory: Path) -> TrainerState:
-    """Only the checkpoint's ``trainer_state.json``; see :func:`load_checkpoint`."""
-    path = directory / STATE_FILE
-    try:
-        return parse_state(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DamagedCheckpointError(
-            f"{directory} is not a training checkpoint: cannot read {STATE_FILE} ({error})"
-        ) from error
-
-
-def parse_state(text: bytes, where: str) -> TrainerState:
-    """A ``trainer_state.json``; ``where`` names it in errors. See :func:`load_checkpoint`."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpointError(
-            f"{where} is not a training checkpoint's: it is not JSON ({error})"
-        ) from error
-    if not isinstance(data, dict):
-        raise DamagedCheckpointError(
-            f"{where} is not a training checkpoint's: it holds no settings"
-        )
-    written = data.pop(STATE_DIGEST, None)
-    if written is not None and written != _digest(data):
-        raise DamagedCheckpointError(f"{where} is not as it was written: its SHA-256 is another")
-    version = data.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} has format version {version}, this program reads {FORMAT_VERSION}"
-        )
-    try:
-        return from_dict(TrainerState, data, where)
-    except ConfigError as error:
-        raise DamagedCheckpointError(str(error)) from error
-
-
-def step_directory(root: str | os.PathLike[str], step: int) -> Path:
-    """``<root>/step_00001000``."""
-    return Path(root) / f"step_{step:08d}"
-
-
-def epoch_directory(root: str | os.PathLike[str], epoch: int) -> Path:
-    """``<root>/epoch_0003``."""
-    return Path(root) / f"epoch_{epoch:04d}"
-
-
-def prune(newest: Path, keep: int, spared: Collection[str] = ()) -> None:
-    """Delete all but ``keep`` checkpoints of one kind, steps or epochs, up to ``newest``.
-
-    Those of the names ``spared`` stay as well.
-
-    Later ones, which a run that continued from an older one has still to reach, do not count:
-    they are damaged, and will be replaced.
-    """
-    kind = newest.name.split("_")[0]
-    paths = sorted(newest.parent.glob(f"{kind}_*/{STATE_FILE}"))
-    paths = [path for path in paths if path.parent.name <= newest.name]
-    old = paths[: max(0, len(paths) - keep)]
-    for state in (path for path in old if path.parent.name not in spared):
-        # First the file that makes it a checkpoint, so that a half-deleted one is never read.
-        state.unlink()
-        shutil.rmtree(state.parent, ignore_errors=True)
-
-
-def remove_partial(root: str | os.PathLike[str]) -> None:
-    """Delete what killed writers left under ``root``."""
-    for path in Path(root).glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (*Path(root).glob("step_*"), *Path(root).glob("epoch_*")):
-        if path.is_dir() and not (path / STATE_FILE).exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -313,12 +203,3 @@ def _flushed(directory: Path) -> dict[str, str]:
             os.fsync(file.fileno())
         digests[path.name] = file_sha256(path)
     return digests
-
-
-def _write_state(path: Path, state: TrainerState) -> None:
-    data = to_dict(state)
-    atomic_write(path, json.dumps({**data, STATE_DIGEST: _digest(data)}, indent=2).encode())
-
-
-def _digest(data: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

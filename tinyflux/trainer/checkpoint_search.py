@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyflux.errors import CheckpointError, DamagedCheckpointError
+from tinyflux.run_dir import CHECKPOINT_STATE
 from tinyflux.storage.folder import Folder, LocalFolder
-from tinyflux.trainer.checkpoint import STATE_FILE, Checkpoint, load_checkpoint, parse_state
+from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint
+from tinyflux.trainer.checkpoint_state import parse_state
 from tinyflux.util.urls import join
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,9 @@ def _names(folder: Folder) -> list[str]:
     """Names of the checkpoints that were written whole."""
     parts = (posixpath.split(path) for path in folder.list())
     return sorted(
-        name for name, file in parts if file == STATE_FILE and name and not name.startswith(".")
+        name
+        for name, file in parts
+        if file == CHECKPOINT_STATE and name and not name.startswith(".")
     )
 
 
@@ -95,7 +99,7 @@ def _by_steps(folder: Folder, names: list[str]) -> Iterator[str]:
 
 
 def _read_step(folder: Folder, name: str) -> int:
-    path = f"{name}/{STATE_FILE}"
+    path = f"{name}/{CHECKPOINT_STATE}"
     where = join(folder.location, path)
     try:
         return parse_state(folder.read(path), where).step
@@ -105,5 +109,5 @@ def _read_step(folder: Folder, name: str) -> int:
 
 def _pass_over(folder: Folder, name: str, error: DamagedCheckpointError) -> None:
     """Log in one line that a checkpoint is damaged, unless it was pruned meanwhile."""
-    if folder.size(f"{name}/{STATE_FILE}") is not None:
+    if folder.size(f"{name}/{CHECKPOINT_STATE}") is not None:
         logger.warning("%s; an older checkpoint is looked for", error)

@@ -17,8 +17,8 @@ from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.patches import carry_patches
 from tinyflux.model.weights import check_tensors
 from tinyflux.storage.folder import Folder, LocalFolder
-from tinyflux.trainer.checkpoint import EMA_NAME, STATE_FILE, parse_state
 from tinyflux.trainer.checkpoint_search import checkpoints_by_step
+from tinyflux.trainer.checkpoint_state import parse_state
 from tinyflux.util.files import file_sha256
 from tinyflux.util.urls import is_url, join
 
@@ -128,7 +128,7 @@ def find_weights(source: str, averaged: bool, places: Places) -> WeightsFile:
 def _in_folder(places: Places, place: str, averaged: bool) -> WeightsFile | None:
     """The weights in a folder of any kind, None if it holds none."""
     folder = places.open(place)
-    if folder.size(STATE_FILE) is not None:
+    if folder.size(names.CHECKPOINT_STATE) is not None:
         return _of_checkpoint(folder, place, averaged)
     if folder.size(names.FINAL_STATE) is not None:
         return _of_result(folder, place, "", averaged)
@@ -145,8 +145,8 @@ def _in_folder(places: Places, place: str, averaged: bool) -> WeightsFile | None
 
 
 def _of_checkpoint(folder: Folder, place: str, averaged: bool) -> WeightsFile:
-    state = parse_state(folder.read(STATE_FILE), join(place, STATE_FILE))
-    name = EMA_NAME if averaged else WEIGHTS_NAME
+    state = parse_state(folder.read(names.CHECKPOINT_STATE), join(place, names.CHECKPOINT_STATE))
+    name = names.CHECKPOINT_EMA if averaged else WEIGHTS_NAME
     return WeightsFile(place, name, state.files.get(name, ""))
 
 

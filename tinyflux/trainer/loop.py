@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tinyflux.data.batches import StepData
 from tinyflux.errors import TrainingError
-from tinyflux.trainer.checkpoint import CheckpointData, TrainerState
+from tinyflux.trainer.checkpoint import CheckpointData
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.due import Due

@@ -15,11 +15,9 @@ from tinyflux.storage.folder import Folder, LocalFolder
 from tinyflux.trainer.best import BestCheckpoint, read_best
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
-    epoch_directory,
-    prune,
     save_checkpoint,
-    step_directory,
 )
+from tinyflux.trainer.checkpoint_folder import epoch_directory, prune, step_directory
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.direction import HELD_OUT, MEASURED
 from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest, Evaluations

@@ -13,13 +13,13 @@ from tinyflux.data.batches import HeldOut, StepData, StepSource
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.weights import as_module
-from tinyflux.run_dir import BEST
+from tinyflux.run_dir import BEST, METRICS
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
-    TrainerState,
     load_checkpoint,
     save_checkpoint,
 )
+from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.distillation import SOL_SAMPLES
 from tinyflux.trainer.ema import EMA
@@ -135,7 +135,7 @@ class Trainer:
             checkpoints=Path(config.checkpoint_dir),
             samples=Path(config.sample_dir),
             tensorboard=Path(config.tensorboard_dir),
-            metrics=Path(config.tensorboard_dir) / "metrics.jsonl",
+            metrics=Path(config.tensorboard_dir) / METRICS,
             best=Path(config.checkpoint_dir) / BEST,
         )
         evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler, figures)
