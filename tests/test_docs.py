@@ -40,8 +40,8 @@ def test_a_symbol_is_defined_in_the_module_that_it_links_to(page):
 def test_every_setting_and_command_exists(page):
     text = page.read_text()
     for name in re.findall(rf"(?:`|--)((?:{SECTIONS})\.[a-z_0-9]+)(?![\w(]|\.[a-z])", text):
-        # A module's name looks the same: `cache.py`.
-        assert name in SETTINGS or name.endswith(".py"), name
+        # A file's name looks the same: `cache.py`, `model.safetensors`.
+        assert name in SETTINGS or name.endswith((".py", ".safetensors")), name
     for command, rest in re.findall(
         r"(?:^|bin/|`)tinyflux ([a-z]+)(?: ([a-z]+))?", text, re.MULTILINE
     ):
