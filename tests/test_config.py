@@ -8,11 +8,18 @@ from pathlib import Path
 import docstring_parser
 import pytest
 import torch
+import yaml
 
 from tinyflux.cache.config import MixSource
 from tinyflux.cli.cache import COMMANDS as CACHE_COMMANDS
 from tinyflux.cli.main import COMMANDS, run_job
-from tinyflux.config import RunConfig, load_run_config, parse_run_config, save_run_config
+from tinyflux.config import (
+    RunConfig,
+    load_run_config,
+    parse_run_config,
+    save_run_config,
+    stage_names,
+)
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import PRESETS, preset
@@ -52,6 +59,77 @@ def test_a_section_that_may_be_left_out_is_read_checked_and_its_path_resolved():
     assert run.evaluate.trained_on.file == str(Path("other.parquet").absolute())
     with pytest.raises(ConfigError, match=r"fil is not a setting .did you mean 'evaluate.trained"):
         load_run_config(DEMO, ["--evaluate.trained_on.fil", "other.parquet"])
+
+
+STAGED = """
+run_dir: {root}/run
+preset: toy
+trainer: {{total_steps: 10, betas: [0.9, 0.99], init_from: someone/flux}}
+stages:
+  - name: 256
+    data: {{height: 256, width: 256}}
+    cache: {{path: {root}/small}}
+  - name: fine
+    data: {{height: 512, width: 512}}
+    trainer: {{learning_rate: 1.0e-5}}
+  - name: mixed
+    mix: [{{path: {root}/a, weight: 2}}]
+    trainer: {{init_from: {root}/elsewhere}}
+"""
+
+
+def test_each_stage_is_a_run_from_the_one_before(tmp_path):
+    (tmp_path / "run.yaml").write_text(STAGED.format(root=tmp_path))
+    given = ["--config", str(tmp_path / "run.yaml"), "--trainer.seed", "3"]
+    whole = parse_run_config(given, whole=True)
+    assert stage_names(whole) == ["256", "fine", "mixed"]
+    assert whole.sample.checkpoint == str(tmp_path / "run" / "stages" / "mixed" / "final")
+    small, fine, mixed = (
+        parse_run_config([*given, "--stage", name], whole=True) for name in stage_names(whole)
+    )
+    for run in (small, fine, mixed):
+        assert run.trainer.seed == 3
+        assert run.trainer.betas == (0.9, 0.99)
+        assert run.model == preset("toy")
+        assert run.stages == []
+        assert run.sample.checkpoint == f"{run.run_dir}/final"
+    assert [run.data.height for run in (small, fine, mixed)] == [256, 512, RunConfig().data.height]
+    assert small.trainer.init_from == "someone/flux"
+    assert fine.trainer.init_from == small.run_dir == str(tmp_path / "run" / "stages" / "256")
+    assert fine.trainer.learning_rate == 1e-5
+    assert (fine.cache.path, mixed.mix[0].weight) == ("", 2.0)
+    assert mixed.trainer.init_from == str(tmp_path / "elsewhere")
+    assert parse_run_config(given) == mixed
+    save_run_config(fine, tmp_path / "fine.yaml")
+    assert load_run_config(tmp_path / "fine.yaml") == fine
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"data": {"height": 8}}], "each of stages needs a name of its own"),
+        ([{"name": "a/b"}], "not 'a/b'"),
+        ([{"name": "a"}, {"name": "a"}], "not 'a'"),
+        ([{"name": "a", "trainer": {"lerning_rate": 1}}], "stage 'a': trainer.lerning_rate"),
+        ([{"name": "a", "run_dir": "x"}], "stage 'a': run_dir is the same for all stages"),
+        (
+            [{"name": "a", "trainer": {"total_steps": 0}}],
+            r"trainer\.total_steps must be at least 1",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_is_one_sentence(tmp_path, stages, message):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(tmp_path / "run.yaml")
+
+
+def test_a_stage_that_is_not_there_suggests_one(tmp_path):
+    with pytest.raises(ConfigError, match="this run has no stages"):
+        parse_run_config(["--stage", "256"])
+    (tmp_path / "run.yaml").write_text("stages: [{name: small}, {name: large}]")
+    with pytest.raises(ConfigError, match=r"smal is not a stage \(did you mean 'small'\?\)"):
+        load_run_config(tmp_path / "run.yaml", ["--stage", "smal"])
 
 
 @pytest.mark.parametrize(

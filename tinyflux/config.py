@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,9 @@ from tinyflux.util.urls import check_url, is_url, join
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = {"config", "help", "print_config"}
+OPTIONS = {"config", "help", "print_config", "stage"}
+# What a stage may not change.
+OF_ALL_STAGES = ("run_dir", "preset", "stages", "cluster")
 EXAMPLE = """example:
   {prog} --config configs/demo.yaml --run_dir runs/mine --trainer.learning_rate 3e-4
 
@@ -60,6 +63,9 @@ class RunConfig:
         evaluate: What `tinyflux evaluate` measures.
         mix: Caches to train on together, with weights; left empty, ``cache.path`` alone.
         cluster: What `tinyflux plan` plans for; no other command reads it.
+        stages: Trainings one after another, as lower resolutions before higher ones, each from the
+            weights of the one before: a list of a ``name`` and the settings in which a stage
+            differs from the rest of the file.
     """
 
     run_dir: str = "runs/run"
@@ -75,16 +81,21 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     mix: list[MixSource] = field(default_factory=list)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
-def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux train") -> RunConfig:
+def parse_run_config(
+    arguments: Sequence[str], prog: str = "tinyflux train", whole: bool = False
+) -> RunConfig:
     """``--config FILE`` and overrides such as ``--trainer.learning_rate 3e-4``.
 
-    Relative paths become absolute, so that workers elsewhere see the same places.
+    Relative paths become absolute, so that workers elsewhere see the same places. Of a file with
+    stages it is the run of one of them: that of ``--stage NAME``, else the last one.
 
     Args:
         arguments: what was typed; ``--help`` prints every setting and ends the process.
         prog: the command, for its help.
+        whole: keep a file with stages as it is, where no stage is named.
 
     Raises:
         ConfigError: one sentence that names the key or value.
@@ -103,10 +114,78 @@ def parse_run_config(arguments: Sequence[str], prog: str = "tinyflux train") -> 
     # The preset decides the model's defaults, so it is known before anything is parsed.
     defaults.model = preset(defaults.preset)
     values = _parse(arguments, prog, defaults)
+    stage = values.pop("stage")
     run = plain.from_dict(RunConfig, values.as_dict(), "the run's config")
+    stages = check_stages(run.stages, names)
+    if stages and not (whole and stage is None):
+        run = stage_run(run, stages[-1] if stage is None else stage)
+    elif stage is not None:
+        raise ConfigError(f"--stage {stage}: this run has no stages")
     _resolve_paths(run)
     _warn_of_former_names(run)
     return run
+
+
+def stage_names(run: RunConfig) -> list[str]:
+    """The names of a run's stages, in order; none where it is a single training."""
+    return [str(stage["name"]) for stage in run.stages]
+
+
+def check_stages(stages: Sequence[Mapping[str, Any]], settings: set[str]) -> list[str]:
+    """The names of stages, in order.
+
+    Args:
+        settings: dotted names of all settings.
+
+    Raises:
+        ConfigError: a stage without a usable name, or one that changes what is none of its own.
+    """
+    found: list[str] = []
+    for stage in stages:
+        name = str(stage.get("name", ""))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in found:
+            raise ConfigError(
+                f"each of stages needs a name of its own, of letters, digits, '.', '_' and '-', "
+                f"not '{name}'"
+            )
+        found.append(name)
+        for key in _keys({key: value for key, value in stage.items() if key != "name"}):
+            if key in OF_ALL_STAGES:
+                raise ConfigError(f"stage '{name}': {key} is the same for all stages")
+            _check_name(key, settings, f"stage '{name}': ")
+    return found
+
+
+def stage_run(run: RunConfig, name: str) -> RunConfig:
+    """The run of one stage, below the whole run's directory and from the stage before it.
+
+    Raises:
+        ConfigError: there is no such stage, or it cannot work.
+    """
+    names = stage_names(run)
+    if name not in names:
+        raise ConfigError(
+            f"--stage {name} is not a stage{nearest(name, names)}: choose one of {', '.join(names)}"
+        )
+    at = names.index(name)
+    changes = {key: value for key, value in run.stages[at].items() if key != "name"}
+    settings = _merged(plain.to_dict(run), plain.to_dict(changes))
+    settings["stages"] = []
+    settings["run_dir"] = join(run.run_dir, f"{run_dir.STAGE_RUNS}/{name}")
+    if at and "init_from" not in changes.get("trainer", {}):
+        before = join(run.run_dir, f"{run_dir.STAGE_RUNS}/{names[at - 1]}")
+        settings["trainer"]["init_from"] = before
+    return plain.from_dict(RunConfig, settings, f"stage '{name}'")
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with ``changes`` in their place, section by section."""
+    merged = dict(settings)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -155,6 +234,9 @@ def _parser(prog: str, defaults: RunConfig) -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="A YAML run file.")
+    parser.add_argument(
+        "--stage", metavar="NAME", help="One of the run file's stages; left out, the last one."
+    )
     sentences = {
         param.arg_name: param.description
         for param in docstring_parser.parse(RunConfig.__doc__).params
@@ -237,7 +319,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _resolve_paths(run: RunConfig) -> None:
     run.run_dir = _resolved_folder(run.run_dir)
-    final = join(run.run_dir, run_dir.FINAL)
+    last = f"{run_dir.STAGE_RUNS}/{stage_names(run)[-1]}/" if run.stages else ""
+    final = join(run.run_dir, last + run_dir.FINAL)
     run.sample.checkpoint = run.sample.checkpoint or final
     run.sample.output_dir = run.sample.output_dir or join(run.run_dir, run_dir.DRAWN)
     if not run.serve.models:

@@ -12,7 +12,8 @@
     ray/               Ray Train's own
     drawn/             pictures of `tinyflux sample`
     evaluation.json    figures of `tinyflux evaluate`; pictures and features are in evaluation/
-    stages.json        which stages of `tinyflux run` are done
+    stages.json        which steps of `tinyflux run` are done
+    stages/            a directory like this for each of the run file's stages, by name
     served.json        what the demo's server answered, with the picture in served.png
     report.html
     hardware.json      where a trial of `tinyflux compare` was trained
@@ -37,6 +38,7 @@ DRAWN = "drawn"
 EVALUATION = "evaluation.json"
 EVALUATION_PICTURES = "evaluation"
 STAGES = "stages.json"
+STAGE_RUNS = "stages"
 SERVED = "served.json"
 SERVED_PICTURE = "served.png"
 REPORT = "report.html"

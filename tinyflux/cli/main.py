@@ -120,12 +120,16 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    what = "Cache, train, evaluate and report, as one file says; what is done is not done again."
-    file, rest = _first("tinyflux run FILE", arguments, "which run", what)
+    what = (
+        "Cache, train, evaluate and report, as one file says; what is done is not done again. With "
+        "--local, cache and training do without Ray."
+    )
+    local, given = take_local(arguments)
+    file, rest = _first(f"tinyflux run FILE {FLAG}", given, "which run", what)
     from tinyflux.report.stages import run_file
 
     exit_on_sigterm()
-    print(run_file([file, *rest]))
+    print(run_file([file, *rest], local))
 
 
 def _compare(arguments: Sequence[str]) -> None:
@@ -156,8 +160,9 @@ def _demo(arguments: Sequence[str]) -> None:
 def _plan(arguments: Sequence[str]) -> None:
     from contextlib import redirect_stdout
 
-    from tinyflux.config import parse_run_config
-    from tinyflux.plan.plan import make_plan
+    from tinyflux.config import parse_run_config, stage_names
+    from tinyflux.plan.plan import Plan, make_plan
+    from tinyflux.plan.stages import StagedPlan, plan_stages
 
     parser = argparse.ArgumentParser(
         prog="tinyflux plan",
@@ -175,10 +180,16 @@ def _plan(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     options, rest = parser.parse_known_args(arguments)
-    run = parse_run_config(["--config", options.file, *rest], "tinyflux plan")
+    given = ["--config", options.file, *rest]
+    run = parse_run_config(given, "tinyflux plan", whole=True)
     with redirect_stdout(sys.stderr):  # what counting and measuring say of themselves
         print(f"plan: counting the work of {options.file}", flush=True)
-        made = make_plan(run, options.measure, options.calibrate)
+        made: Plan | StagedPlan
+        if names := stage_names(run):
+            runs = {name: parse_run_config([*given, "--stage", name]) for name in names}
+            made = plan_stages(runs, options.measure, options.calibrate)
+        else:
+            made = make_plan(run, options.measure, options.calibrate)
     print(made.to_json() if options.json else made)
 
 

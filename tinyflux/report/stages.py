@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyflux import run_dir
-from tinyflux.config import RunConfig, keep_run_config, parse_run_config
-from tinyflux.errors import TinyFluxError
+from tinyflux.config import RunConfig, keep_run_config, parse_run_config, stage_names
+from tinyflux.errors import TinyFluxError, TrainingError
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import to_dict
 from tinyflux.util.processes import child_process
@@ -56,19 +56,24 @@ class StageFailed(TinyFluxError):
     """A stage's command ended with an error, which it has printed itself."""
 
 
-def main_stages(config: Sequence[str]) -> dict[str, Stage]:
-    """What every run has, by name: ``config`` is ``--config FILE`` and overrides."""
+def main_stages(config: Sequence[str], local: bool = False) -> dict[str, Stage]:
+    """What every run has, by name: ``config`` is ``--config FILE`` and overrides.
+
+    Args:
+        local: cache and train without Ray.
+    """
     tinyflux = ["-m", "tinyflux"]
+    here = ["--local"] if local else []
     found = [
         Stage(
             "cache",
-            "encode pictures, captions and teacher features with Ray Data",
-            [*tinyflux, "cache", "build", *config],
+            f"encode pictures, captions and teacher features {_where('Ray Data', local)}",
+            [*tinyflux, "cache", "build", *here, *config],
         ),
         Stage(
             "train",
-            "train the student with Ray Train and DeepSpeed",
-            [*tinyflux, "train", *config],
+            f"train the student {_where('Ray Train and DeepSpeed', local)}",
+            [*tinyflux, "train", *here, *config],
         ),
         Stage(
             "evaluate",
@@ -80,22 +85,69 @@ def main_stages(config: Sequence[str]) -> dict[str, Stage]:
     return {stage.name: stage for stage in found}
 
 
-def run_file(arguments: Sequence[str]) -> str:
+def _where(ray: str, local: bool) -> str:
+    return "in one process" if local else f"with {ray}"
+
+
+def run_file(arguments: Sequence[str], local: bool = False) -> str:
     """Cache, train, evaluate and report as one run file says; the report's path.
+
+    Of a file with ``stages`` each is cached and trained, below the run's directory, and the last is
+    evaluated and reported.
 
     Args:
         arguments: the file and overrides.
+        local: cache and train without Ray.
 
     Raises:
         StageFailed: a stage's command failed; what went wrong has been printed by it.
+        TrainingError: a stage began with weights that the one before has no more.
     """
     if not arguments or arguments[0].startswith("-"):
         raise TinyFluxError("say which run: tinyflux run FILE [--section.key VALUE]")
     config = ["--config", arguments[0], *arguments[1:]]
-    run = parse_run_config(config, "tinyflux run FILE")
+    run = parse_run_config(config, "tinyflux run FILE", whole=True)
     keep_run_config(run)
-    run_stages(list(main_stages(config).values()), run, Path.cwd())
+    names = stage_names(run)
+    for number, name in enumerate(names, start=1):
+        here = [*config, "--stage", name]
+        run = parse_run_config(here, "tinyflux run FILE")
+        logger.info("\nstage %s (%d of %d): %s", name, number, len(names), run.run_dir)
+        check_first_weights(run)
+        if number < len(names):
+            steps = main_stages(here, local)
+            run_stages([steps["cache"], steps["train"]], run, Path.cwd())
+    last = [*config, *(("--stage", names[-1]) if names else ())]
+    run_stages(list(main_stages(last, local).values()), run, Path.cwd())
     return join(run.run_dir, run_dir.REPORT)
+
+
+def check_first_weights(run: RunConfig) -> None:
+    """Refuse a finished training whose first weights are no more those that it would begin with.
+
+    Raises:
+        TrainingError: the training that it began with has gone on since.
+    """
+    source = run.trainer.init_from
+    began = _training_record(run.run_dir).get("init_from", {})
+    if source is None or began.get("source") != source:
+        return
+    files = _training_record(source).get("files", {})
+    if files and began.get("sha256") not in files.values():
+        raise TrainingError(
+            f"the training in {run.run_dir} began with weights that {source} has no more: delete "
+            f"{run.run_dir} to train it from those that are there"
+        )
+
+
+def _training_record(place: str) -> dict[str, Any]:
+    """What the result of the run at ``place`` says of itself; nothing where there is none."""
+    try:
+        path = f"{run_dir.FINAL}/{run_dir.FINAL_STATE}"
+        record: dict[str, Any] = json.loads(open_folder(place).read(path))
+    except (OSError, ValueError):
+        return {}
+    return record
 
 
 def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
