@@ -15,6 +15,7 @@ from tinyflux.cache.runner import LocalRunner
 from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, keep_run_config, save_run_config
 from tinyflux.distributed.config import WorkersConfig
+from tinyflux.distributed.deepspeed import check_zero
 from tinyflux.distributed.resume import check_same_stream, find_checkpoint
 from tinyflux.distributed.run_lock import claimed
 from tinyflux.distributed.start import check_places
@@ -31,6 +32,12 @@ def job_at(run_dir):
     return TrainingJob(
         str(run_dir), [], preset("toy"), TrainerConfig(), WorkersConfig(), ZooConfig(), "one"
     )
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_muon_is_refused_under_every_zero_stage(stage):
+    with pytest.raises(ConfigError, match="'muon' does not run under DeepSpeed, which shards flat"):
+        check_zero(TrainerConfig(optimizer="muon"), stage)
 
 
 @pytest.mark.parametrize("name", ["checkpoint_dir", "tensorboard_dir", "sample_dir"])

@@ -281,6 +281,21 @@ def test_checkpointing_keeps_less_and_computes_more():
     assert plain.flops < again.flops < 1.5 * plain.flops
 
 
+def test_muon_keeps_one_number_of_a_matrix_in_a_block():
+    def planned(optimizer):
+        run = a_run(trainer={"optimizer": optimizer}, workers={"engine": "torch"})
+        return make_plan(run).training
+
+    work = step_work(a_run().model, TrainerConfig(), 1, (8, 8))
+    muon, adamw = planned("muon"), planned("adamw")
+    less = 4 * work.matrices
+    assert 0.5 < work.matrices / work.parameters < 1
+    assert muon.memory[0]["moments"] == pytest.approx(adamw.memory[0]["moments"] - less)
+    assert muon.checkpoint_bytes == adamw.checkpoint_bytes - less
+    with pytest.raises(ConfigError, match="'muon' does not run under DeepSpeed"):
+        make_plan(a_run(trainer={"optimizer": "muon"}))
+
+
 def test_each_zero_stage_needs_no_more_memory_than_the_one_before():
     memory = make_plan(a_run()).training.memory
     # DeepSpeed's buffers are all that a stage adds.

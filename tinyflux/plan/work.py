@@ -27,6 +27,7 @@ from tinyflux.model.packing import token_grid
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.engine import TorchEngine
+from tinyflux.trainer.optimizers import is_block_matrix
 from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
 
@@ -58,16 +59,22 @@ class StepWork:
     """Of one micro-batch on one worker.
 
     Attributes:
-        parameters, trainable: of the model; ``largest``: of its largest tensor.
+        parameters, trainable: of the model; ``matrices``: of those of its blocks that are trained;
+            ``largest``: of its largest tensor.
         flops: forward and backward, what checkpointing computes again included.
         activation_bytes: that the backward pass keeps, weights in half precision included.
     """
 
     parameters: int
     trainable: int
+    matrices: int
     largest: int
     flops: int
     activation_bytes: int
+
+    def moments(self, optimizer: str) -> int:
+        """Elements that ``trainer.optimizer`` keeps: Muon one of a matrix, AdamW two of all."""
+        return 2 * self.trainable - (self.matrices if optimizer == "muon" else 0)
 
 
 def step_work(
@@ -165,6 +172,11 @@ def count_step(
         return StepWork(
             sum(counts),
             sum(parameter.numel() for parameter in model.get_trainable_parameters()),
+            sum(
+                parameter.numel()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and is_block_matrix(name, parameter.shape)
+            ),
             max(counts),
             counter.get_total_flops(),
             size,

@@ -10,7 +10,7 @@ from tinyflux.trainer.direction import MEASURED, check_metric
 from tinyflux.util.config import nearest
 from tinyflux.util.picture_size import FormerSides
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "muon")
 LR_SCHEDULERS = ("cosine", "linear", "constant", "wsd")
 WARMUP_TYPES = ("linear", "cosine")
 LUNE_MODES = ("cosine", "mse", "huber")
@@ -48,7 +48,8 @@ class TrainerConfig:
 
     Attributes:
         learning_rate: The largest learning rate, after the warm-up.
-        optimizer: ``"adamw"``, ``"adamw_8bit"`` (needs bitsandbytes) or ``"adafactor"``.
+        optimizer: ``"adamw"``, ``"adamw_8bit"`` (needs bitsandbytes), ``"adafactor"`` or
+            ``"muon"``, which takes the matrices of the blocks and leaves the rest to AdamW.
         weight_decay: The optimizer's weight decay.
         betas: The optimizer's decay rates of its two moments.
         grad_clip: The largest gradient norm; 0 clips nothing.

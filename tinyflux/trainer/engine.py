@@ -102,7 +102,7 @@ class TorchEngine:
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
         self._rank, self._world = rank_and_world()
-        self.optimizer = build_optimizer(self._parameters, config)
+        self.optimizer = build_optimizer(self._parameters, config, self._names)
         # A fused optimizer can skip a step by a flag on its device, so nothing has to wait.
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
 

@@ -1,24 +1,86 @@
 """The optimizers of a run, and their state by the names of the model's parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinyflux.errors import CheckpointError, MissingDependencyError
+from tinyflux.errors import CheckpointError, ConfigError, MissingDependencyError
 from tinyflux.model.weights import misfits
 from tinyflux.trainer.config import TrainerConfig
 
+# Modules of the student whose matrices Muon takes.
+BLOCKS = ("double_blocks.", "single_blocks.")
 
-def build_optimizer(parameters: list[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for some matrices and AdamW for everything else, as one optimizer.
+
+    Muon (Jordan et al. 2024) makes a matrix's momentum orthogonal. Its rate is scaled so that a
+    step is as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so both have one learning rate
+    and one weight decay.
+    """
+
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], others: list[dict[str, Any]], config: TrainerConfig
+    ):
+        lr, decay = config.learning_rate, config.weight_decay
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.muon, self.adamw = muon, adamw
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's loader ends here, with new groups and a new state."""
+        super().__setstate__(state)
+        if hasattr(self, "muon"):
+            self._share()
+
+    def _share(self) -> None:
+        """Let both work on this optimizer's groups and state."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:count]
+        self.adamw.param_groups = self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        self.muon.step()
+        self.adamw.step()
+
+
+def is_block_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether the parameter ``name`` is a matrix of the student's blocks, which Muon takes."""
+    return name.startswith(BLOCKS) and len(shape) == 2
+
+
+def build_optimizer(
+    parameters: list[nn.Parameter], config: TrainerConfig, names: Iterable[str] = ()
+) -> torch.optim.Optimizer:
     """The configured optimizer.
+
+    Args:
+        names: of the parameters; for ``muon`` alone.
 
     Raises:
         MissingDependencyError: ``adamw_8bit`` without bitsandbytes.
     """
     lr, decay = config.learning_rate, config.weight_decay
     groups = decay_groups(parameters, config)
+    if config.optimizer == "muon":
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in zip(names, parameters, strict=True):
+            (matrices if is_block_matrix(name, parameter.shape) else others).append(parameter)
+        if not matrices or not others:  # frozen, or a student without blocks
+            raise ConfigError(
+                "trainer.optimizer 'muon' needs trainable matrices in blocks and parameters "
+                "outside of them: use 'adamw'"
+            )
+        return MuonAdamW(matrices, decay_groups(others, config), config)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=lr, weight_decay=decay)
     if config.optimizer == "adamw_8bit":
@@ -120,7 +182,11 @@ def _state_shapes(
 ) -> dict[str, torch.Size] | None:
     """What the optimizer keeps of a parameter; None for those whose layout is their own."""
     step, shape = torch.Size(), parameter.shape
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, MuonAdamW):
+        (by_muon,) = (group["params"] for group in optimizer.muon.param_groups)
+        if any(parameter is one for one in by_muon):
+            return {"momentum_buffer": shape}
+    if isinstance(optimizer, torch.optim.AdamW | MuonAdamW):
         return {"step": step, "exp_avg": shape, "exp_avg_sq": shape}
     if isinstance(optimizer, torch.optim.Adafactor):
         if parameter.ndim < 2:
@@ -132,4 +198,4 @@ def _state_shapes(
 
 def _keeps_step_tensor(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step count is a tensor, as in torch's own optimizers."""
-    return type(optimizer).__module__.startswith("torch.")
+    return isinstance(optimizer, MuonAdamW) or type(optimizer).__module__.startswith("torch.")
