@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,23 +111,10 @@ class TinyFluxPipeline(DiffusionPipeline):
             ValueError: sizes that the VAE cannot make, or tensors that
                 the callback cannot have.
         """
+        self._check_inputs(height, width, callback_on_step_end_tensor_inputs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from "
-                f"{self._callback_tensor_inputs}"
-            )
-        patch, step = self.student_config.patch_size, self.vae_scale_factor
-        side = patch * step
-        if height % side or width % side or min(height, width) < side:
-            raise ValueError(
-                f"height {height} and width {width} must be multiples of {side}: the VAE makes "
-                f"{step} pixels of a latent, and the student takes {patch} x {patch} latents as one"
-            )
-        config, device = self.student_config, self._execution_device
-        dtype = self.transformer.dtype
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        config, step = self.student_config, self.vae_scale_factor
         shape = (len(prompts), config.in_channels, height // step, width // step)
 
         cond = self.encode_prompt(prompts)
@@ -134,49 +122,22 @@ class TinyFluxPipeline(DiffusionPipeline):
         if guidance_scale != 1:
             null = self.encode_prompt([negative_prompt])
             uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
-        if latents is None:
-            latents = randn_tensor(shape, generator, device, torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must be {list(shape)}, not {list(latents.shape)}")
-        latents = latents.to(device, torch.float32)
-
-        area = shape[2] * shape[3]
-        shift = shift_at(config.timestep_shift, area, config.timestep_shift_tokens)
-        self.scheduler.set_shift(1 / shift)
-        sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1]
-        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
-        times = self.scheduler.sigmas.tolist()
+        latents = self._first_latents(shape, latents, generator)
+        times = self._set_times(num_inference_steps, shape[2] * shape[3])
         with self.progress_bar(total=num_inference_steps) as bar:
             for index, timestep in enumerate(self.scheduler.timesteps):
-                t = torch.full((shape[0],), times[index], device=device)
+                t = torch.full((shape[0],), times[index], device=self._execution_device)
                 velocity = guided_velocity(
                     self._forward, latents, t, cond, uncond, guidance_scale, config.patch_size
                 )
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    known = {
-                        "latents": latents,
-                        "prompt_embeds": cond.t5,
-                        "pooled_prompt_embeds": cond.pooled,
-                    }
-                    asked = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                    given = callback_on_step_end(self, index, int(timestep), asked) or {}
-                    latents = given.get("latents", latents)
-                    cond = TextCondition(
-                        given.get("prompt_embeds", cond.t5).to(device, dtype),
-                        given.get("pooled_prompt_embeds", cond.pooled).to(device, dtype),
-                    )
+                    tell = partial(callback_on_step_end, self, index, int(timestep))
+                    asked = callback_on_step_end_tensor_inputs
+                    latents, cond = self._told(tell, asked, latents, cond)
                 bar.update()
 
-        if output_type == "latent":
-            images: Any = latents
-        else:
-            offset = config.latent_shift
-            if offset is None:
-                offset = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
-            scaled = latents / self.vae.config.scaling_factor + offset
-            decoded = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        images = latents if output_type == "latent" else self._pictures(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -196,6 +157,73 @@ class TinyFluxPipeline(DiffusionPipeline):
         tokens = _tokens("CLIP", self.tokenizer, prompts, limit)
         pooled = self.text_encoder(tokens.ids.to(device)).pooler_output
         return TextCondition(t5.to(dtype), pooled.to(dtype))
+
+    def _check_inputs(self, height: int, width: int, asked: Sequence[str]) -> None:
+        """Refuse sizes that cannot be drawn, and tensors that a callback cannot have."""
+        unknown = set(asked) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: choose from "
+                f"{self._callback_tensor_inputs}"
+            )
+        patch, step = self.student_config.patch_size, self.vae_scale_factor
+        side = patch * step
+        if height % side or width % side or min(height, width) < side:
+            raise ValueError(
+                f"height {height} and width {width} must be multiples of {side}: the VAE makes "
+                f"{step} pixels of a latent, and the student takes {patch} x {patch} latents as one"
+            )
+
+    def _first_latents(
+        self,
+        shape: tuple[int, ...],
+        given: Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        """Noise ``[B, C, h, w]`` in fp32: the caller's, or the generator's."""
+        device = self._execution_device
+        if given is None:
+            given = randn_tensor(shape, generator, device, torch.float32)
+        elif given.shape != shape:
+            raise ValueError(f"latents must be {list(shape)}, not {list(given.shape)}")
+        return given.to(device, torch.float32)
+
+    def _set_times(self, num_steps: int, area: int) -> list[float]:
+        """Set the scheduler to the student's shift in pictures of ``area`` latents; its sigmas."""
+        config = self.student_config
+        shift = shift_at(config.timestep_shift, area, config.timestep_shift_tokens)
+        self.scheduler.set_shift(1 / shift)
+        sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
+        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=self._execution_device)
+        times: list[float] = self.scheduler.sigmas.tolist()
+        return times
+
+    def _told(
+        self,
+        tell: Callable[[dict[str, Any]], dict[str, Any]],
+        asked: Sequence[str],
+        latents: Tensor,
+        cond: TextCondition,
+    ) -> tuple[Tensor, TextCondition]:
+        """The latents and the condition after a callback, which may have given others."""
+        known = {
+            "latents": latents, "prompt_embeds": cond.t5, "pooled_prompt_embeds": cond.pooled
+        }  # fmt: skip
+        given = tell({name: known[name] for name in asked}) or {}
+        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
+        return given.get("latents", latents), TextCondition(
+            given.get("prompt_embeds", cond.t5).to(**place),
+            given.get("pooled_prompt_embeds", cond.pooled).to(**place),
+        )
+
+    def _pictures(self, latents: Tensor, output_type: str) -> Any:
+        """Latents through the VAE, as ``output_type`` says."""
+        offset = self.student_config.latent_shift
+        if offset is None:
+            offset = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+        scaled = latents / self.vae.config.scaling_factor + offset
+        decoded = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+        return self.image_processor.postprocess(decoded, output_type=output_type)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.transformer(*args, **kwargs)
