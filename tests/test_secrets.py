@@ -27,7 +27,7 @@ pytest.importorskip("ray")
 
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
-from tinyflux.distributed.ray_session import guard_token
+from tinyflux.distributed.ray_token import guard_token
 from tinyflux.model.config import ZooConfig
 from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig

@@ -5,11 +5,9 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +21,8 @@ import ray
 from ray._private import ray_constants
 
 import tinyflux
-from tinyflux.errors import ConfigError, RayLostError
-from tinyflux.util.files import warn_if_readable
+from tinyflux.distributed.ray_token import guard_token
+from tinyflux.errors import RayLostError
 
 # Ray itself ends a process whose GCS is silent for 60 s, without a sentence.
 _SILENCE_SECONDS = 45.0
@@ -141,39 +139,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def guard_token(make: bool) -> None:
-    """See that Ray's token, where one is used, is its owner's alone; warn where it is not.
-
-    Args:
-        make: for a new Ray, which wants a token unless told otherwise: write one where Ray would,
-            which lets everyone on the machine read it.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "token" if make else "disabled").lower()
-    if mode != "token" or os.environ.get("RAY_AUTH_TOKEN"):
-        return
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(path or Path.home() / ".ray" / "auth_token")
-    if make and not path and not file.exists():
-        _make_token(file)
-    warn_if_readable(file, "Ray's token")
-
-
-def _make_token(file: Path) -> None:
-    """Write a new token, whole and for its owner alone, unless another job is first."""
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".token.") as new:
-            new.write(secrets.token_hex(32))
-            new.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(new.name, file)
-    except OSError as error:
-        raise ConfigError(
-            f"Ray's token cannot be written to {file}: {error.strerror}; let RAY_AUTH_TOKEN_PATH "
-            "name a file that holds one"
-        ) from error
 
 
 class RaySession:
