@@ -19,16 +19,22 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.fixtures.caches import CAPTIONS, assert_same, changed, make, rows_by_key
+from tests.fixtures.caches import (
+    CAPTIONS,
+    assert_same,
+    build_configs,
+    changed,
+    make,
+    rows_by_key,
+)
 from tests.fixtures.waiting import PATIENCE
-from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
+from tests.fixtures.worlds import make_world, write_pictures
 from tinyflux.cache.build import build
 from tinyflux.cache.claim import claim
-from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
+from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.extract import Extractor
 from tinyflux.cache.inspect import describe
-from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import CutCaptions, Manifest
 from tinyflux.cache.receipts import all_receipts
 from tinyflux.cache.runner import LocalRunner
@@ -52,14 +58,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def configs(tmp_path, world):
     """Twelve pictures in shards of at most four."""
-    torch.set_num_threads(1)
-    write_pictures(tmp_path / "pictures", CAPTIONS)
-    return BuildConfigs(
-        DataConfig(str(tmp_path / "pictures"), height=16, width=16),
-        zoo_config(world),
-        CacheConfig(str(tmp_path / "cache"), rows_per_shard=4, batch_size=3),
-        student_config(),
-    )
+    return build_configs(tmp_path, world, CAPTIONS, rows_per_shard=4)
 
 
 def computed(configs):

@@ -12,16 +12,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from tests.fixtures.caches import CAPTIONS, assert_same, changed, make
-from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
+from tests.fixtures.caches import CAPTIONS, assert_same, build_configs, changed, make
+from tests.fixtures.worlds import make_world
 from tinyflux.cache.build import estimate
 from tinyflux.cache.claim import claim
-from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.cache.estimate import ESTIMATE_NAME
-from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import Manifest, sha256
 from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.verify import drop, verify
@@ -30,15 +27,8 @@ from tinyflux.cli.main import run_job
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tools")
-    write_pictures(folder / "pictures", CAPTIONS)
-    configs = BuildConfigs(
-        DataConfig(str(folder / "pictures"), height=16, width=16),
-        zoo_config(make_world(folder / "world")),
-        CacheConfig(str(folder / "cache"), rows_per_shard=4, batch_size=3),
-        student_config(),
-    )
+    configs = build_configs(folder, make_world(folder / "world"), CAPTIONS, rows_per_shard=4)
     make(configs)
     return configs
 

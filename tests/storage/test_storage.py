@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.fixtures.caches import assert_same, make
+from tests.fixtures.caches import assert_same, build_configs, make
 from tests.fixtures.s3_server import BUCKET, s3_server
-from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.config import CacheConfig, DataConfig
+from tests.fixtures.worlds import CAPTIONS, make_world
 from tinyflux.cache.dataset import CachedDataset
-from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.verify import drop, unlisted, verify
 from tinyflux.config import parse_run_config
@@ -231,14 +228,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def configs(tmp_path, world):
-    torch.set_num_threads(1)
-    write_pictures(tmp_path / "pictures", CAPTIONS)
-    return BuildConfigs(
-        DataConfig(str(tmp_path / "pictures"), height=16, width=16),
-        zoo_config(world),
-        CacheConfig(str(tmp_path / "cache"), rows_per_shard=2, batch_size=3),
-        student_config(),
-    )
+    return build_configs(tmp_path, world, CAPTIONS, rows_per_shard=2)
 
 
 def test_a_cache_at_a_url_is_that_of_a_directory(server, s3, configs, capsys):
