@@ -211,6 +211,17 @@ def keep_run_config(run: RunConfig) -> None:
         ) from error
 
 
+def kept_run_config(place: str) -> RunConfig | None:
+    """What :func:`keep_run_config` wrote into the run's directory ``place``; None if nothing."""
+    from tinyflux.storage.remote import open_folder
+
+    try:
+        kept = open_folder(place).read(run_dir.CONFIG)
+    except FileNotFoundError:
+        return None
+    return plain.from_dict(RunConfig, yaml.safe_load(kept), f"{place}/{run_dir.CONFIG}")
+
+
 def _yaml(run: RunConfig) -> bytes:
     return yaml.safe_dump(plain.to_dict(run), sort_keys=False).encode()
 

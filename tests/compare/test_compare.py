@@ -6,17 +6,20 @@ Slow: processes that import torch and Ray train eight students, in two starts of
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from tests.fixtures import keeper
-from tests.fixtures.ray_head import ROOT
+from tests.fixtures.ray_head import ROOT, running_cluster
+from tests.fixtures.s3_server import BUCKET, s3_server
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.distributed.config import WorkersConfig
+from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.metrics import read_metrics
 
@@ -171,6 +174,37 @@ def test_other_settings_are_not_counted_as_the_same_trial(done, folder, head):
     )  # fmt: skip
     assert refused.returncode == 2
     assert "trainer.learning_rate = 0.01, now 0.5" in refused.stderr
+
+
+def test_a_comparison_may_lie_in_a_bucket(folder, tmp_path, monkeypatch):
+    """Its trials, record and page; only the cache is on the disk."""
+    with s3_server(tmp_path / "s3.log") as s3, ExitStack() as stack:
+        for name, value in s3.environment(tmp_path / "local").items():
+            monkeypatch.setenv(name, value)
+        extra = {**s3.environment(tmp_path / "local"), "PYTHONPATH": str(ROOT)}
+        ray = stack.enter_context(running_cluster(tmp_path / "ray.log", extra))
+        file, place = tmp_path / "bucket.yaml", f"s3://{BUCKET}/mine"
+        file.write_text(f"base: {folder}/run.yaml\nseeds: 1\narms: {{same: }}\noutput: {place}\n")
+        command = [sys.executable, "-m", "tinyflux", "compare", str(file)]
+
+        def run(*options):
+            return subprocess.run(
+                [*command, *options], cwd=ROOT, env={**ray.environment, "OMP_NUM_THREADS": "1"},
+                capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
+            )  # fmt: skip
+
+        done = run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == f"{place}/page.html"
+        bucket = RemoteFolder(place)
+        record = json.loads(bucket.read("comparison.json"))
+        assert "exactly the same value" in record["comparisons"][0]["verdict"]
+        assert bucket.read("page.html").count(b"data:image/png") == 2
+        again = run()
+        assert "2 of 2 trials are finished" in again.stdout + again.stderr
+        refused = run("--trainer.learning_rate", "0.5")
+        assert refused.returncode == 2
+        assert "trainer.learning_rate = 0.01, now 0.5" in refused.stderr
 
 
 def test_the_page_shows_everything_in_a_real_browser(done, browser):

@@ -75,6 +75,12 @@ def test_the_files_of_the_project_are_comparisons(file, monkeypatch):
     assert len(make_trials(config)) == len(config.names) * len(config.seeds)
 
 
+def test_the_place_of_a_comparison_may_be_a_url(tmp_path):
+    config = load(tmp_path, GOOD + "output: s3://here/there\n")
+    assert config.output == "s3://here/there"
+    assert make_trials(config)[0].run.run_dir == "s3://here/there/runs/base/seed-0"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -97,7 +103,7 @@ def test_the_files_of_the_project_are_comparisons(file, monkeypatch):
         (("seeds: 2", "seeds: 0"), "seeds must be a number from 1"),
         (("seeds: 2", "seeds: [a]"), "seeds must be int, not 'a'"),
         (("seeds: 2", "concurrent: 0"), "concurrent must be at least 1"),
-        (("seeds: 2", "output: s3://here/there"), "is a URL"),
+        (("seeds: 2", "output: s3://me:secret@here/there"), "password"),
         (("enable_lune: false", "seed: 3"), "trainer.seed is not for an arm to set: say `seeds`"),
         (("preset: toy", "run_dir: runs/x"), "run_dir is not for an arm to set"),
     ],

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from tinyflux.compare.analysis import compare
-from tinyflux.compare.page import write_page
+from tinyflux.compare.page import make_page
 from tinyflux.compare.record import ArmRecord, CompareRecord, Curve, TrialRecord
 from tinyflux.compare.results import to_json
+from tinyflux.storage.folder import LocalFolder
 
 LAST = {
     "base": [1.0, 1.2, 1.1],
@@ -49,8 +50,7 @@ def make(folder, last=LAST, pictures=True):
 
 
 def page_of(record, folder):
-    write_page(folder / "page.html", record, folder)
-    return (folder / "page.html").read_text()
+    return make_page(record, LocalFolder(folder))
 
 
 def test_a_page_says_what_can_be_told_apart(tmp_path):

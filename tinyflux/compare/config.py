@@ -32,7 +32,7 @@ class CompareConfig:
     """What is compared with what.
 
     Attributes:
-        output: Where everything is written, a directory that all nodes see; left empty,
+        output: Where everything is written, a URL or a directory that all nodes see; left empty,
             ``runs/compare/`` and the file's name.
         base: A run file that every arm begins with; None: the defaults, and ``preset`` of
             ``settings``.
@@ -85,10 +85,7 @@ class CompareConfig:
             raise ConfigError("seeds must be a number from 1, or different whole numbers from 0")
         if self.concurrent < 1 or self.max_failures < 0:
             raise ConfigError("concurrent must be at least 1, and max_failures at least 0")
-        if is_url(self.output):
-            raise ConfigError(
-                f"output '{self.output}' is a URL: name a directory that all nodes see"
-            )
+        check_url(self.output)
 
     def _require_arm(self, name: str, where: str) -> None:
         if name not in self.arms:
@@ -158,7 +155,7 @@ def load_compare_config(path: str, overrides: Sequence[str] = ()) -> CompareConf
     config.settings = _flat(config.settings, f"{path}: settings") | _typed(overrides)
     config.arms = {name: _flat(arm, f"{path}: arms: {name}") for name, arm in config.arms.items()}
     output = config.output or join(OUTPUTS, Path(path).stem)
-    return replace(config, output=str(Path(output).absolute()))
+    return replace(config, output=output if is_url(output) else str(Path(output).absolute()))
 
 
 def make_trials(config: CompareConfig) -> list[Trial]:
@@ -246,9 +243,14 @@ def as_typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def trial_place(arm: str, seed: int) -> str:
+    """A trial's directory in the comparison's."""
+    return f"runs/{arm}/seed-{seed}"
+
+
 def _trial_run(config: CompareConfig, arm: str, seed: int, run: RunConfig) -> RunConfig:
     """The arm's run with a seed and a directory of its own."""
-    place = join(config.output, f"runs/{arm}/seed-{seed}")
+    place = join(config.output, trial_place(arm, seed))
     final = join(place, run_dir.FINAL)
     own_seed = seed + config.seed_offset.get(arm, 0)
     return replace(

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tinyflux import run_dir as names
@@ -10,22 +11,22 @@ from tinyflux.compare.analysis import subtract
 from tinyflux.compare.record import CompareRecord, Comparison, Reached, TrialRecord
 from tinyflux.report.charts import Band, Line, chart
 from tinyflux.report.html import data_url, fill, twice_its_width
-from tinyflux.util.files import atomic_write
+from tinyflux.storage.folder import Folder
 from tinyflux.util.text import duration
 
 PAGE = Path(__file__).with_name("page.html")
 
 
-def write_page(path: Path, record: CompareRecord, output: Path) -> None:
-    """Write the comparison's page to ``path``, with everything that it shows inside.
+def make_page(record: CompareRecord, output: Folder) -> str:
+    """The comparison's page, with everything that it shows inside.
 
     Args:
-        output: the comparison's directory, with the trials' grids.
+        output: the comparison's folder, with the trials' grids.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    page = fill(
+    return fill(
         PAGE,
         record=record,
         machines=sorted(
@@ -39,7 +40,6 @@ def write_page(path: Path, record: CompareRecord, output: Path) -> None:
         first=_first_reached,
         width=interval,
     )
-    atomic_write(path, page.encode())
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Picture:
     width: int
 
 
-def _pictures(record: CompareRecord, output: Path) -> dict[int, list[_Picture]]:
+def _pictures(record: CompareRecord, output: Folder) -> dict[int, list[_Picture]]:
     """The trials' last grids by seed; nothing if no trial drew any."""
     found = [_picture(trial, output) for trial in record.trials]
     if all(picture.png is None for picture in found):
@@ -149,8 +149,10 @@ def _pictures(record: CompareRecord, output: Path) -> dict[int, list[_Picture]]:
     return {seed: [one for one in found if one.seed == seed] for seed in record.seeds}
 
 
-def _picture(trial: TrialRecord, output: Path) -> _Picture:
-    grids = sorted((output / trial.run_dir / names.SAMPLES).glob("step_*.png"))
+def _picture(trial: TrialRecord, output: Folder) -> _Picture:
+    files = output.list(f"{trial.run_dir}/{names.SAMPLES}")
+    grids = sorted(path for path in files if fnmatch(path, "*/step_*.png"))
     if not grids:
         return _Picture(trial.arm, trial.seed, None, 0)
-    return _Picture(trial.arm, trial.seed, data_url(grids[-1]), twice_its_width(grids[-1]))
+    png = output.read(grids[-1])
+    return _Picture(trial.arm, trial.seed, data_url(png), twice_its_width(png))

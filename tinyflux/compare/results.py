@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from tinyflux import run_dir as names
 from tinyflux.cache.config import MixSource
 from tinyflux.compare.analysis import compare
-from tinyflux.compare.config import BASE, CompareConfig, Trial, as_typed
+from tinyflux.compare.config import BASE, CompareConfig, Trial, as_typed, trial_place
 from tinyflux.compare.record import (
     ArmRecord,
     CompareRecord,
@@ -22,7 +21,8 @@ from tinyflux.compare.record import (
 )
 from tinyflux.config import RunConfig
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.trainer.metrics import read_metrics
+from tinyflux.storage.remote import open_folder
+from tinyflux.trainer.metrics import parse_metrics
 
 
 def make_record(
@@ -72,14 +72,14 @@ def _count_rows(run: RunConfig) -> tuple[int, int]:
 
 
 def _trial_record(config: CompareConfig, trial: Trial, metrics: Sequence[str]) -> TrialRecord:
-    folder, trainer = Path(trial.run.run_dir), trial.run.trainer
-    records = read_metrics(folder / names.METRICS)
-    hardware = json.loads((folder / names.HARDWARE).read_text())
+    folder, trainer = open_folder(trial.run.run_dir), trial.run.trainer
+    records = parse_metrics(folder.read(names.METRICS))
+    hardware = json.loads(folder.read(names.HARDWARE))
     return TrialRecord(
         arm=trial.arm,
         seed=trial.seed,
         run_seed=trainer.seed,
-        run_dir=str(folder.relative_to(config.output)),
+        run_dir=trial_place(trial.arm, trial.seed),
         seconds=round(float(seconds_at(records, trainer.batch_size, [trainer.total_steps])[0]), 3),
         curves={metric: read_curve(records, metric, trainer.batch_size) for metric in metrics},
         **hardware,

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +20,19 @@ from tinyflux import run_dir as names
 from tinyflux.cache.build import build
 from tinyflux.cache.job import BuildConfigs
 from tinyflux.compare.config import CompareConfig, Trial
-from tinyflux.config import RunConfig, keep_run_config, load_run_config
+from tinyflux.config import RunConfig, keep_run_config, kept_run_config
 from tinyflux.distributed.build import RayRunner
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.distributed.relay import pack_error, unpack_error
 from tinyflux.distributed.result import is_finished
 from tinyflux.distributed.run_lock import wait_until_free
-from tinyflux.distributed.train import train
+from tinyflux.distributed.train import ray_storage, train
 from tinyflux.distributed.train_local import train_local
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError, TinyFluxError, TrainingError
-from tinyflux.trainer.metrics import read_metrics
+from tinyflux.storage.remote import open_folder
+from tinyflux.trainer.metrics import parse_metrics
 from tinyflux.util.config import from_dict, nearest, to_dict
-from tinyflux.util.files import atomic_write
 from tinyflux.util.logging import LIBRARY, log_to_console
 from tinyflux.util.machine import describe_machine
 from tinyflux.util.text import duration, last_line
@@ -78,10 +77,9 @@ def run_trials(config: CompareConfig, trials: Sequence[Trial]) -> None:
 
 def check_same_run(trial: Trial) -> None:
     """Refuse to count what other settings left in a trial's directory; ConfigError."""
-    kept = Path(trial.run.run_dir) / names.CONFIG
-    if not kept.is_file():
+    before, now = kept_run_config(trial.run.run_dir), trial.run
+    if before is None:
         return
-    before, now = load_run_config(kept), trial.run
     for section in (*DECIDING, *(MEASURING if now.trainer.evaluate_every else ())):
         was, is_now = getattr(before, section), getattr(now, section)
         if was != is_now:
@@ -119,7 +117,7 @@ def _tune(config: CompareConfig, trials: Sequence[Trial]) -> None:
         ),
         run_config=tune.RunConfig(
             name=f"trials-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage_path=str(Path(config.output) / names.RAY),
+            **ray_storage(open_folder(config.output)),
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             stop=_UntilError(),
             callbacks=[_Progress(len(trials)), JsonLoggerCallback()],  # Tune reads its files
@@ -217,12 +215,12 @@ def _begin(run: RunConfig) -> None:
     """Note what is trained, and where."""
     keep_run_config(run)
     hardware = {"machine": describe_machine(), "threads": torch.get_num_threads()}
-    atomic_write(Path(run.run_dir) / names.HARDWARE, json.dumps(hardware).encode())
+    open_folder(run.run_dir).write(names.HARDWARE, json.dumps(hardware).encode())
 
 
 def check_recorded(run: RunConfig, metrics: Sequence[str]) -> None:
     """Refuse metrics that a finished run has no record of; ConfigError."""
-    records = read_metrics(Path(run.run_dir) / names.METRICS)
+    records = parse_metrics(open_folder(run.run_dir).read(names.METRICS))
     known = {name for record in records for name in record} - {"step"}
     for name in metrics:
         if name not in known:

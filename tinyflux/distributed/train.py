@@ -7,6 +7,7 @@ was changed. A run at a URL is written on the main worker's disk and uploaded wi
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tinyflux import run_dir as names
@@ -16,6 +17,7 @@ from tinyflux.distributed.relay import unpack_error
 from tinyflux.distributed.start import finish
 from tinyflux.distributed.training_job import TrainingJob, TrainRun
 from tinyflux.errors import TinyFluxError, TrainingError
+from tinyflux.storage.folder import Folder
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.util.config import to_dict
 from tinyflux.util.text import last_line
@@ -55,11 +57,7 @@ def _fit(job: TrainingJob) -> None:
 
     from tinyflux.distributed.train_worker import train_worker
 
-    workers, folder = job.workers, job.folder
-    if isinstance(folder, RemoteFolder):
-        storage, filesystem = f"{folder.root}/{names.RAY}", folder.filesystem
-    else:
-        storage, filesystem = str(job.root / names.RAY), None
+    workers = job.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=to_dict(job),
@@ -67,8 +65,7 @@ def _fit(job: TrainingJob) -> None:
         scaling_config=ray.train.ScalingConfig(**_scaling(workers)),
         run_config=ray.train.RunConfig(
             name=job.attempt,
-            storage_path=storage,
-            storage_filesystem=filesystem,
+            **ray_storage(job.folder),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
         ),
     )
@@ -94,6 +91,14 @@ def _scaling(workers: WorkersConfig) -> dict[str, Any]:
     if workers.use_gpu:
         resources["GPU"] = workers.gpus_per_worker
     return {**size, "use_gpu": workers.use_gpu, "resources_per_worker": resources}
+
+
+def ray_storage(folder: Folder) -> dict[str, Any]:
+    """Where Ray Train and Tune keep their own, in ``folder``, as their ``RunConfig`` has it."""
+    if isinstance(folder, RemoteFolder):
+        place, system = f"{folder.root}/{names.RAY}", folder.filesystem
+        return {"storage_path": place, "storage_filesystem": system}
+    return {"storage_path": str(Path(folder.location).absolute() / names.RAY)}
 
 
 def _take_error(job: TrainingJob) -> TinyFluxError | None:

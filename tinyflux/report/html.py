@@ -1,6 +1,7 @@
 """What HTML pages share: the filling in of a template, one style, and pictures that are inside."""
 
 import base64
+import io
 from pathlib import Path
 
 import jinja2
@@ -24,13 +25,13 @@ def fill(template: Path, **values: object) -> str:
     return environment.get_template(template.name).render(**values)
 
 
-def data_url(picture: Path) -> str:
+def data_url(png: bytes) -> str:
     """A PNG as an address that a page has inside itself."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def twice_its_width(picture: Path) -> int:
+def twice_its_width(png: bytes) -> int:
     """The pixels across at which a grid of small pictures is shown."""
-    with Image.open(picture) as image:
+    with Image.open(io.BytesIO(png)) as image:
         width: int = image.width
     return 2 * width

@@ -57,7 +57,8 @@ def _fill_page(run_dir: Path, run: RunConfig) -> str:
         attribution=ATTRIBUTION,
         drawn=_pictures(run_dir, evaluation, "picture"),
         shown=_pictures(run_dir, evaluation, "reference"),
-        served=served and {**served, "png": data_url(run_dir / names.SERVED_PICTURE)},
+        served=served
+        and {**served, "png": data_url((run_dir / names.SERVED_PICTURE).read_bytes())},
         grids=_grids(run_dir),
         charts=_charts(records),
         stages=stages,
@@ -74,8 +75,8 @@ def _measured(run_dir: Path, evaluation: dict[str, Any]) -> dict[str, Any]:
         chosen.name: [
             {
                 "caption": one.caption,
-                "drawn": data_url(run_dir / one.file),
-                "real": data_url(run_dir / one.real) if one.real else "",
+                "drawn": data_url((run_dir / one.file).read_bytes()),
+                "real": data_url((run_dir / one.real).read_bytes()) if one.real else "",
             }
             for one in chosen.pictures
         ]
@@ -94,16 +95,17 @@ def _pictures(run_dir: Path, evaluation: dict[str, Any], kind: str) -> list[dict
     """Prompts and pictures of the evaluation: a ``"picture"`` drawn, or its ``"reference"``."""
     folder = run_dir / names.EVALUATION_PICTURES
     return [
-        {"prompt": pair["prompt"], "png": data_url(folder / pair[kind])}
+        {"prompt": pair["prompt"], "png": data_url((folder / pair[kind]).read_bytes())}
         for pair in evaluation["nearest"]["pictures"]
     ]
 
 
 def _grids(run_dir: Path) -> list[dict[str, Any]]:
     """The sample grids in the order of their steps, to be shown at twice their size."""
+    grids = sorted((run_dir / names.SAMPLES).glob("*.png"), key=_step_of)
+    shown = [(_step_of(path), path.read_bytes()) for path in grids]
     return [
-        {"step": _step_of(path), "png": data_url(path), "width": twice_its_width(path)}
-        for path in sorted((run_dir / names.SAMPLES).glob("*.png"), key=_step_of)
+        {"step": step, "png": data_url(png), "width": twice_its_width(png)} for step, png in shown
     ]
 
 

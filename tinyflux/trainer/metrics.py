@@ -57,9 +57,14 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a line that is none, as of a crash, is left out."""
+    """The records of a metrics file, as of :func:`parse_metrics`; none where there is no file."""
+    return parse_metrics(path.read_bytes()) if path.exists() else []
+
+
+def parse_metrics(content: bytes) -> list[dict[str, Any]]:
+    """The records in a metrics file; a line that is none, as of a crash, is left out."""
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in content.splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
