@@ -15,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.fixtures import keeper
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
 from tinyflux.trainer.metrics import read_metrics
@@ -63,7 +64,7 @@ def file(tmp_path):
 
 def start(file, *options):
     log = file.with_suffix(".log").open("ab")
-    return subprocess.Popen(
+    return keeper.start(
         [sys.executable, "-m", "tinyflux", "run", "--local", str(file), *options],
         cwd=file.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log,
         stderr=subprocess.STDOUT,
