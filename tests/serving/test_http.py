@@ -541,10 +541,10 @@ def test_the_page_draws_in_a_real_browser(server, browser, tmp_path):
     page.locator("#stop").wait_for(state="hidden")
     assert page.inner_text("#status") == "Stopped"
 
-    page.fill("#prompt", "red " * 100)
+    page.fill("#prompt", "red " * 300)
     page.click("#draw")
     error.wait_for()
-    assert "shorten it" in error.inner_text()
+    assert "the limit is 1000" in error.inner_text()
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     page.close()
     assert complaints == []
