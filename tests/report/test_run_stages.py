@@ -63,12 +63,12 @@ def file(tmp_path):
 
 
 def start(file, *options):
-    log = file.with_suffix(".log").open("ab")
-    return keeper.start(
-        [sys.executable, "-m", "tinyflux", "run", "--local", str(file), *options],
-        cwd=file.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with file.with_suffix(".log").open("ab") as log:
+        return keeper.start(
+            [sys.executable, "-m", "tinyflux", "run", "--local", str(file), *options],
+            cwd=file.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 def finish(file, *options):
