@@ -138,7 +138,9 @@ def test_sets_are_measured_once_and_what_is_lost_is_made_again(head, place):
     # with the run, for three batches of each set.
     kept, made = files(place / "cache" / "evaluation"), files(place / "run" / "evaluation")
     assert (len(kept), len(made)) == (4, 12)
-    assert len(list((place / "run" / "evaluation" / "pairs").glob("*.png"))) == COUNT
+    shown = sorted(path.name for path in (place / "run" / "evaluation" / "pairs").glob("*.png"))
+    drawn = [f"{index:05d}" for index in range(COUNT)]
+    assert shown == sorted(name + kind for name in drawn for kind in (".data.png", ".png"))
 
     lost = next(iter(made))
     lost.unlink()
