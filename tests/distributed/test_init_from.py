@@ -12,11 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import build
-from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cache.job import BuildConfigs
-from tinyflux.cache.runner import LocalRunner
+from tests.fixtures.caches import build_small_cache
+from tests.fixtures.worlds import CAPTIONS
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.train_local import train_local
@@ -31,12 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 def base(tmp_path_factory):
     """A run of three steps on a small cache."""
     folder = tmp_path_factory.mktemp("begun")
-    write_pictures(folder / "pictures", [*CAPTIONS] * 3)
-    zoo, model = zoo_config(make_world(folder / "world")), student_config(sol_standardize=True)
-    data = DataConfig(str(folder / "pictures"), height=16, width=16)
-    cache = CacheConfig(str(folder / "cache"))
-    configs = BuildConfigs(data, zoo, cache, model)
-    build(configs, LocalRunner(configs))
+    configs = build_small_cache(folder, [*CAPTIONS] * 3, sol_standardize=True)
     trainer = TrainerConfig(
         learning_rate=1e-3,
         warmup_steps=0,
@@ -51,7 +43,8 @@ def base(tmp_path_factory):
         dtype=torch.float32,
     )
     run = RunConfig(
-        run_dir=str(folder / "base"), data=data, zoo=zoo, cache=cache, model=model,
+        run_dir=str(folder / "base"), data=configs.data, zoo=configs.zoo,
+        cache=configs.cache, model=configs.model,
         trainer=trainer, workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5),
     )  # fmt: skip
     train_local(run)

@@ -19,13 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures import keeper
+from tests.fixtures.caches import build_small_cache
 from tests.fixtures.ray_head import running_nodes
 from tests.fixtures.waiting import PATIENCE, wait_for
-from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import build
-from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cache.job import BuildConfigs
-from tinyflux.cache.runner import LocalRunner
+from tests.fixtures.worlds import CAPTIONS
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.trainer.checkpoint_search import latest_checkpoint
@@ -55,13 +52,7 @@ train(from_dict(RunConfig, json.loads(sys.argv[1]), "test"))
 def run(tmp_path_factory):
     """What to train, on a small cache of random models."""
     folder = tmp_path_factory.mktemp("kills")
-    captions = [*CAPTIONS, *CAPTIONS, *CAPTIONS]
-    write_pictures(folder / "pictures", captions)
-    zoo, model = zoo_config(make_world(folder / "world")), student_config()
-    data = DataConfig(str(folder / "pictures"), height=16, width=16)
-    cache = CacheConfig(str(folder / "cache"))
-    configs = BuildConfigs(data, zoo, cache, model)
-    build(configs, LocalRunner(configs))
+    configs = build_small_cache(folder, [*CAPTIONS] * 3)
     trainer = TrainerConfig(
         learning_rate=1e-3,
         warmup_steps=2,
@@ -79,7 +70,8 @@ def run(tmp_path_factory):
     )
     workers = WorkersConfig(num_workers=2, cpus_per_worker=0.5, max_failures=-1)
     return RunConfig(
-        run_dir=str(folder / "straight"), data=data, zoo=zoo, cache=cache, model=model,
+        run_dir=str(folder / "straight"), data=configs.data, zoo=configs.zoo,
+        cache=configs.cache, model=configs.model,
         trainer=trainer, workers=workers,
     )  # fmt: skip
 

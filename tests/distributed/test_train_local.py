@@ -13,12 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.caches import build_small_cache
 from tests.fixtures.waiting import PATIENCE
-from tests.fixtures.worlds import CAPTIONS, make_world, student_config, write_pictures, zoo_config
-from tinyflux.cache.build import build
-from tinyflux.cache.config import CacheConfig, DataConfig
-from tinyflux.cache.job import BuildConfigs
-from tinyflux.cache.runner import LocalRunner
+from tests.fixtures.worlds import CAPTIONS
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.model.loader import load_model
@@ -40,12 +37,7 @@ STEPS = 6
 def run(tmp_path_factory):
     """A run on a small cache of random models; its workers do not matter here."""
     folder = tmp_path_factory.mktemp("local")
-    write_pictures(folder / "pictures", [*CAPTIONS] * 3)
-    zoo, model = zoo_config(make_world(folder / "world")), student_config(sol_standardize=True)
-    data = DataConfig(str(folder / "pictures"), height=16, width=16)
-    cache = CacheConfig(str(folder / "cache"))
-    configs = BuildConfigs(data, zoo, cache, model)
-    build(configs, LocalRunner(configs))
+    configs = build_small_cache(folder, [*CAPTIONS] * 3, sol_standardize=True)
     trainer = TrainerConfig(
         learning_rate=1e-3,
         lr_scheduler="constant",
@@ -64,7 +56,8 @@ def run(tmp_path_factory):
     )
     workers = WorkersConfig(num_workers=3, min_workers=2, zero_stage=3, offload=True)
     return RunConfig(
-        run_dir=str(folder / "run"), data=data, zoo=zoo, cache=cache, model=model,
+        run_dir=str(folder / "run"), data=configs.data, zoo=configs.zoo,
+        cache=configs.cache, model=configs.model,
         trainer=trainer, workers=workers,
     )  # fmt: skip
 
