@@ -78,7 +78,7 @@ def worker(rank, world, port, arms, folder):
     """Train every arm; each continues from the checkpoint that it names."""
     os.environ.update(
         DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-        WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world), LOCAL_RANK=str(rank), TORCH_EXTENSIONS_DIR=str(folder / "compiled"),
     )  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -161,6 +161,11 @@ def test_every_stage_trains_like_plain_torch(trained, world):
         load_checkpoint(trained / f"{world}-{name}").model for name in ("decayed2", "torch")
     )
     assert not torch.equal(spared["img_in.weight"], everything["img_in.weight"])
+
+
+def test_nothing_is_compiled_at_the_start(trained):
+    # Torch compiles under a lock file: a worker killed there would leave it, and block the others.
+    assert not (trained / "compiled").exists()
 
 
 def test_two_workers_train_like_one(trained):

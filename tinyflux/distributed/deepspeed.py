@@ -1,8 +1,7 @@
 """DeepSpeed ZeRO under the training loop."""
 
-import io
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyflux.distributed.memory import bucket_elements
-from tinyflux.errors import CheckpointError, ConfigError, MissingDependencyError
+from tinyflux.distributed.zero_state import ZeroState
+from tinyflux.errors import ConfigError, MissingDependencyError
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import (
@@ -20,18 +20,8 @@ from tinyflux.trainer.engine import (
     prepare_model,
     trainable_names,
 )
-from tinyflux.trainer.optimizers import build_optimizer, flatten_state, restore_state
-from tinyflux.trainer.sharding import (
-    gather,
-    padded_part,
-    part,
-    part_size,
-    parts_of,
-    rank_and_world,
-)
-
-# What AdamW keeps for each element of a weight.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from tinyflux.trainer.optimizers import build_optimizer
+from tinyflux.trainer.sharding import gather, part_size, parts_of, rank_and_world
 
 
 def check_zero(config: TrainerConfig, zero_stage: int, offload: bool = False) -> None:
@@ -84,9 +74,11 @@ class DeepSpeedEngine:
         self._names = trainable_names(model)
         self._parameters = model.get_trainable_parameters()
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        # Its collective for inference on CPUs, which nothing here calls, would be compiled at every
+        # node's first start, under a lock file that outlives a killed process and then blocks all.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Wraps the process group that is there; DeepSpeed's calls need it.
-        with redirect_stdout(io.StringIO()):  # it prints what it compiled
-            deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
+        deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
         with _broadcast_scalars(model, widen=zero_stage == 3):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=_Autocast(model, self.device, config.dtype),
@@ -95,6 +87,9 @@ class DeepSpeedEngine:
                 config=self._settings(),
                 dist_init_required=False,
             )
+        self._state = ZeroState(
+            self._optimizer, self._names, self._parameters, self._shapes, zero_stage
+        )
 
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's config. Accumulation is the loop's, told by ``backward(last=)``."""
@@ -185,113 +180,10 @@ class DeepSpeedEngine:
         return whole and {n: whole.get(n, t) for n, t in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, Tensor] | None:
-        main = dist.get_rank() == 0
-        if self._stage == 0:
-            if not main:
-                return None
-            return flatten_state(self._inner_optimizer(), self._names, self._parameters)
-        steps = self._step_count()
-        if steps is None:
-            return {} if main else None
-        moments: dict[str, dict[str, Tensor]] = {
-            key: self._whole_moment(key) or {} for key in MOMENTS
-        }
-        if not main:
-            return None
-        return {
-            **{
-                f"{n}/{key}": tensor
-                for key, moment in moments.items()
-                for n, tensor in moment.items()
-            },
-            **{f"{name}/step": torch.tensor(float(steps)) for name in self._names},
-        }
-
-    def _whole_moment(self, key: str) -> dict[str, Tensor] | None:
-        """AdamW's ``key`` of every parameter, on rank 0; called by all workers."""
-        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
-
-        by_name = dict(zip(self._names, self._parameters, strict=True))
-        if self._stage == 3:
-            rank, world = rank_and_world()
-            parts = {
-                name: safe_get_local_optimizer_state(parameter, key)[
-                    : part_size(self._shapes[name], rank, world)
-                ]
-                for name, parameter in by_name.items()
-            }
-            return gather(parts, {name: self._shapes[name] for name in self._names})
-        self._link_moments()
-        whole: dict[str, Tensor] = {}
-        for name, parameter in by_name.items():
-            tensor = safe_get_full_optimizer_state(parameter, key)
-            if dist.get_rank() == 0:
-                whole[name] = tensor.detach().cpu()
-        return whole
+        return self._state.whole()
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        if not state:
-            return
-        if self._stage == 0:
-            restore_state(self._inner_optimizer(), self._names, self._parameters, state)
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        missing = [
-            f"{name}/{key}"
-            for name in self._names
-            for key in (*MOMENTS, "step")
-            if f"{name}/{key}" not in state
-        ]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint's optimizer state has no '{missing[0]}': it was made with another "
-                "optimizer or model; start a new run_dir or use the config it was made with"
-            )
-        self._create_moments(float(state[f"{self._names[0]}/step"]))
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            for key in MOMENTS:
-                value = state[f"{name}/{key}"].to(self.device)
-                if self._stage == 3:
-                    # DeepSpeed's own cut of a whole tensor fails where it does not divide evenly.
-                    rank, world = rank_and_world()
-                    mine = padded_part(part(value, rank, world), value.shape, world)
-                    safe_set_local_optimizer_state(parameter, mine, key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
-
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW that DeepSpeed drives; under ZeRO its parameters are this worker's shards."""
-        inner: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        return inner
-
-    def _step_count(self) -> float | None:
-        """Steps that AdamW has made, None before the first."""
-        states = list(self._inner_optimizer().state.values())
-        return float(states[0]["step"]) if states else None
-
-    def _create_moments(self, steps: float) -> None:
-        """What AdamW's first step would create, so that it can be filled before."""
-        inner = self._inner_optimizer()
-        if self._stage == 3:
-            shards = self._optimizer.fp32_partitioned_groups_flat
-        else:
-            shards = [shard for group in inner.param_groups for shard in group["params"]]
-        for shard in shards:
-            inner.state[shard] = {
-                "step": torch.tensor(steps, dtype=torch.float32, device=shard.device),
-                **{key: torch.zeros_like(shard) for key in MOMENTS},
-            }
-        if self._stage < 3:
-            self._link_moments()
-
-    def _link_moments(self) -> None:
-        """Let DeepSpeed's calls find the moments of every group of parameters.
-
-        It links them once, after the first group's step, when the others have none yet.
-        """
-        self._optimizer._hp_optimizer_states_linked = False
-        self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._state.load(state)
 
 
 @contextmanager
