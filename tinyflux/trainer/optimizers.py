@@ -58,7 +58,7 @@ def is_block_matrix(name: str, shape: torch.Size) -> bool:
 
 
 def build_optimizer(
-    parameters: list[nn.Parameter], config: TrainerConfig, names: Iterable[str] = ()
+    parameters: Sequence[nn.Parameter], config: TrainerConfig, names: Iterable[str] = ()
 ) -> torch.optim.Optimizer:
     """The configured optimizer.
 
@@ -115,7 +115,7 @@ def decay_groups(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> l
 
 
 def flatten_state(
-    optimizer: torch.optim.Optimizer, names: list[str], parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer, names: Sequence[str], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
     """An optimizer's state as ``<parameter>/<key>`` tensors, as they are."""
     return {
@@ -128,8 +128,8 @@ def flatten_state(
 
 def restore_state(
     optimizer: torch.optim.Optimizer,
-    names: list[str],
-    parameters: list[nn.Parameter],
+    names: Sequence[str],
+    parameters: Sequence[nn.Parameter],
     state: Mapping[str, Tensor],
 ) -> None:
     """Inverse of :func:`flatten_state`.
