@@ -138,9 +138,9 @@ def test_sets_are_measured_once_and_what_is_lost_is_made_again(head, place):
     # with the run, for three batches of each set.
     kept, made = files(place / "cache" / "evaluation"), files(place / "run" / "evaluation")
     assert (len(kept), len(made)) == (4, 12)
-    shown = sorted(path.name for path in (place / "run" / "evaluation" / "pairs").glob("*.png"))
-    drawn = [f"{index:05d}" for index in range(COUNT)]
-    assert shown == sorted(name + kind for name in drawn for kind in (".data.png", ".png"))
+    shown = [place / "run" / name for row in pairs.pictures for name in (row.file, row.real)]
+    assert len(set(shown)) == 2 * COUNT
+    assert all(path.is_file() for path in shown)
 
     lost = next(iter(made))
     lost.unlink()
@@ -170,6 +170,10 @@ def test_an_extractor_that_is_added_computes_no_other_again(head, place):
     assert f"features of {COUNT} of {COUNT} real pictures are there" in said
     assert f"features of 0 of {COUNT} drawn pictures are there" in said
     assert other.weights != both.weights
+    # What the first drew is still there to be looked at, beside what the other drew.
+    before, now = ({row.file for row in one.sets[0].pictures} for one in (both, other))
+    assert not before & now
+    assert all((place / "run" / name).is_file() for name in before | now)
 
 
 def test_figures_beside_training_are_those_of_evaluating_its_result(head, place):

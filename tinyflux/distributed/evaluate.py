@@ -22,7 +22,6 @@ from tinyflux.distributed.evaluation_parts import (
     RealPictures,
     draw_settings,
     drawn_parts,
-    read_column,
     read_features,
     real_parts,
     write_features,
@@ -31,8 +30,8 @@ from tinyflux.distributed.evaluation_sets import (
     SetRows,
     list_file_set,
     list_sets,
-    picture_bytes,
 )
+from tinyflux.distributed.picture_column import PictureColumn
 from tinyflux.distributed.ray_session import ensure_ray, quiet_data
 from tinyflux.distributed.relay import answer, value_of
 from tinyflux.distributed.weights import load_student, student_config, weights_fingerprint
@@ -267,13 +266,20 @@ def _figures(
 
 def _keep_real(output: Folder, parts: _Parts) -> Iterator[DrawnPicture]:
     """The drawn pictures that are kept, a file's real pictures beside them."""
-    chosen, column = parts.chosen, None
+    chosen, drawn = parts.chosen, parts.drawn[0] if parts.drawn else []
+    kept = [
+        (part.kept_file(index), row)
+        for part in drawn
+        for index, row in enumerate(part.rows if part.kept else (), start=part.first)
+    ]
     if chosen.file:
-        column = read_column(chosen.file, chosen.image_key)
-    for part in parts.drawn[0] if parts.drawn else ():
-        for index, row in enumerate(part.rows if part.kept else (), start=part.first):
-            drawn, real = part.kept_file(index), ""
-            if column is not None:
-                real = drawn.removesuffix(".png") + ".data.png"
-                output.write(real, png_bytes(read_picture(picture_bytes(column[row.row]))))
-            yield DrawnPicture(row.caption, drawn, real)
+        contents = PictureColumn(chosen.file, chosen.image_key).read([row.row for _, row in kept])
+        for (place, _), content in zip(kept, contents, strict=True):
+            output.write(_real_beside(place), png_bytes(read_picture(content)))
+    for place, row in kept:
+        yield DrawnPicture(row.caption, place, _real_beside(place) if chosen.file else "")
+
+
+def _real_beside(drawn: str) -> str:
+    """The place of the real picture of a drawn one."""
+    return drawn.removesuffix(".png") + ".data.png"

@@ -11,22 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.distributed.config import SampleConfig
-from tinyflux.distributed.evaluation_sets import Row, SetRows, picture_bytes
+from tinyflux.distributed.evaluation_sets import Row, SetRows
+from tinyflux.distributed.picture_column import PictureColumn
 from tinyflux.evaluation.drawing import DrawBatch, DrawSettings, as_stored
 from tinyflux.inference.sampler import decode
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run_dir import EVALUATION_PICTURES
 from tinyflux.storage.folder import Folder
-from tinyflux.storage.remote import open_filesystem
 from tinyflux.util.config import dtype_name
 from tinyflux.util.images import read_picture
 
@@ -64,8 +62,11 @@ class Part:
         return f"{FOLDER}/{self.content}.{by}.safetensors"
 
     def kept_file(self, index: int) -> str:
-        """Of the drawn picture at this place of the set, in the run's directory."""
-        return f"{self.kept}/{index:05d}.png"
+        """Of the drawn picture at this place of the set, in the run's directory.
+
+        Named by all that it follows from, as features are: what other weights drew stays beside it.
+        """
+        return f"{self.kept}/{index:05d}.{self.content[:12]}.png"
 
     def drawn(self, downscale: int) -> DrawBatch:
         """What is drawn of it."""
@@ -156,27 +157,18 @@ class RealPictures:
     def __init__(self, cache: str, zoo: ModelZoo, latent_shift: float):
         self._place, self._zoo, self._shift = cache, zoo, latent_shift
         self._cache: CachedDataset | None = None
-        self._column: tuple[tuple[str, str], pa.ChunkedArray] | None = None
+        self._column: tuple[tuple[str, str], PictureColumn] | None = None
 
     def of(self, part: Part) -> Tensor:
         """``[N, 3, H, W]`` in [0, 1]: the file's pictures, or the cache's latents, decoded."""
         if part.file:
-            column = self._pictures_of(part.file, part.image_key)
-            return torch.stack([read_picture(picture_bytes(column[row.row])) for row in part.rows])
+            place = part.file, part.image_key
+            if self._column is None or self._column[0] != place:
+                self._column = place, PictureColumn(*place)
+            contents = self._column[1].read([row.row for row in part.rows])
+            return torch.stack([read_picture(content) for content in contents])
         if self._cache is None:
             self._cache = CachedDataset(self._place, check_files=False)
         rows = [row.row for row in part.rows]
         latents = self._cache.read(rows, groups=("latents",))["latents"]
         return as_stored(decode(self._zoo, latents, self._shift).cpu())
-
-    def _pictures_of(self, file: str, key: str) -> pa.ChunkedArray:
-        """A file's column of pictures."""
-        if self._column is None or self._column[0] != (file, key):
-            self._column = (file, key), read_column(file, key)
-        return self._column[1]
-
-
-def read_column(file: str, key: str) -> pa.ChunkedArray:
-    """A column of a Parquet file at a path or a URL."""
-    system, path = open_filesystem(file)
-    return pq.read_table(path, columns=[key], filesystem=system)[key]

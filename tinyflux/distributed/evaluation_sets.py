@@ -5,15 +5,16 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.distributed.picture_column import PictureColumn
 from tinyflux.errors import InputError
 from tinyflux.evaluation.config import HELD_OUT, EvaluateConfig, EvaluationSet
 from tinyflux.storage.remote import open_filesystem
@@ -139,21 +140,16 @@ def list_file_set(chosen: EvaluationSet, count: int | None, downscale: int) -> S
                 f"'{chosen.file}' has no column '{missing[0]}' (it has {', '.join(there)}): see "
                 f"evaluate.sets, '{chosen.name}'"
             )
-        table = pq.read_table(path, columns=sorted(set(names)), filesystem=system)
+        table = pq.read_table(path, columns=sorted(set(names[1:])), filesystem=system)
+        if not table.num_rows:
+            raise InputError(f"the set '{chosen.name}' has no rows: '{chosen.file}' is empty")
+        rows = _file_rows(chosen, table[chosen.caption_key], count, downscale)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"the set '{chosen.name}' cannot be read from '{chosen.file}': {error!s:.200}"
         ) from error
-    if not table.num_rows:
-        raise InputError(f"the set '{chosen.name}' has no rows: '{chosen.file}' is empty")
-    indices = _thinned(np.arange(table.num_rows), count or table.num_rows)
-    pictures, captions = table[chosen.image_key], table[chosen.caption_key]
-    rows = [
-        _file_row(picture_bytes(pictures[at]), captions[at].as_py(), at, chosen, downscale)
-        for at in indices
-    ]
     order = sorted(range(len(rows)), key=lambda at: (rows[at].height, rows[at].width, at))
 
     def values(names: Sequence[str]) -> dict[str, list[str]]:
@@ -169,11 +165,15 @@ def list_file_set(chosen: EvaluationSet, count: int | None, downscale: int) -> S
     )
 
 
-def picture_bytes(cell: Any) -> bytes:
-    """A picture's file of a table's cell, which holds it alone or as the Hub's ``bytes``."""
-    value = cell.as_py()
-    content: bytes = value["bytes"] if isinstance(value, dict) else value
-    return content
+def _file_rows(
+    chosen: EvaluationSet, captions: pa.ChunkedArray, count: int | None, downscale: int
+) -> list[Row]:
+    indices = _thinned(np.arange(len(captions)), count or len(captions))
+    contents = PictureColumn(chosen.file, chosen.image_key).read(indices)
+    return [
+        _file_row(content, captions[at].as_py(), at, chosen, downscale)
+        for at, content in zip(indices, contents, strict=True)
+    ]
 
 
 def _file_row(
