@@ -32,6 +32,7 @@ from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
+from tinyflux.trainer.optimizers import build_optimizer, flatten_state
 
 CAPTIONS = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in
             ("circle", "square", "heart", "star")]  # fmt: skip
@@ -294,6 +295,20 @@ def test_muon_keeps_one_number_of_a_matrix_in_a_block():
     assert muon.checkpoint_bytes == adamw.checkpoint_bytes - less
     with pytest.raises(ConfigError, match="'muon' does not run under DeepSpeed"):
         make_plan(a_run(trainer={"optimizer": "muon"}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_an_optimizers_memory_is_what_it_keeps(optimizer):
+    config = student_config()
+    student, settings = TinyFluxDeep(config), TrainerConfig(optimizer=optimizer)
+    names = [name for name, _ in student.named_parameters()]
+    made = build_optimizer(list(student.parameters()), settings, names)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    state = flatten_state(made, names, list(student.parameters()))
+    kept = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith("/step"))
+    assert step_work(config, settings, 1, (4, 4)).moment_bytes(optimizer) == kept
 
 
 def test_each_zero_stage_needs_no_more_memory_than_the_one_before():

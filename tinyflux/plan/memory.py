@@ -61,8 +61,8 @@ def _bytes_by_kind(work: StepWork, run: RunConfig, stage: int) -> dict[str, floa
     kinds: dict[str, float] = dict(
         worker_bytes(work.parameters, workers.num_workers, stage, work.trainable)
     )
-    if run.trainer.optimizer == "muon":  # under plain torch, which cuts no state
-        kinds["moments"] = FP32 * work.moments("muon")
+    if run.trainer.optimizer != "adamw":  # under plain torch, which cuts no state
+        kinds["moments"] = work.moment_bytes(run.trainer.optimizer)
     if workers.offload and stage:
         for kind in ON_CPU_WITH_OFFLOAD:
             del kinds[kind]

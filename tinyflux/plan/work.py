@@ -21,6 +21,7 @@ from torch.utils.flop_counter import (
 )
 
 from tinyflux.data.batches import TrainBatch
+from tinyflux.distributed.memory import FP32
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import token_grid
@@ -60,7 +61,8 @@ class StepWork:
 
     Attributes:
         parameters, trainable: of the model; ``matrices``: of those of its blocks that are trained;
-            ``largest``: of its largest tensor.
+            ``factors``: rows' and columns' means of those that are trained; ``largest``: of its
+            largest tensor.
         flops: forward and backward, what checkpointing computes again included.
         activation_bytes: that the backward pass keeps, weights in half precision included.
     """
@@ -68,13 +70,22 @@ class StepWork:
     parameters: int
     trainable: int
     matrices: int
+    factors: int
     largest: int
     flops: int
     activation_bytes: int
 
-    def moments(self, optimizer: str) -> int:
-        """Elements that ``trainer.optimizer`` keeps: Muon one of a matrix, AdamW two of all."""
-        return 2 * self.trainable - (self.matrices if optimizer == "muon" else 0)
+    def moment_bytes(self, optimizer: str) -> int:
+        """What ``trainer.optimizer`` keeps of all trained parameters.
+
+        AdamW two numbers of each, in 8 bits a byte each (small tensors' fp32 left out); Muon one of
+        a block's matrix and two of others; Adafactor the factors of its second moment alone.
+        """
+        if optimizer == "adamw_8bit":
+            return 2 * self.trainable
+        if optimizer == "adafactor":
+            return FP32 * self.factors
+        return FP32 * (2 * self.trainable - (self.matrices if optimizer == "muon" else 0))
 
 
 def step_work(
@@ -177,10 +188,18 @@ def count_step(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and is_block_matrix(name, parameter.shape)
             ),
+            sum(_factors(parameter.shape) for parameter in model.get_trainable_parameters()),
             max(counts),
             counter.get_total_flops(),
             size,
         )
+
+
+def _factors(shape: torch.Size) -> int:
+    """Elements of Adafactor's second moment (Shazeer and Stern 2018, arXiv:1804.04235)."""
+    if len(shape) < 2:
+        return shape.numel()
+    return shape.numel() // shape[-1] + shape.numel() // shape[-2]
 
 
 def calibrate(
