@@ -1,8 +1,8 @@
 """What the presets for new students take, by plan: ``python benchmarks/presets.py``.
 
-No model is run: FLOPs and activations are counted on tensors without values (``tinyflux plan``), the
-rest follows from formulas. Students without experts, in bfloat16, 8 samples at once, on one worker
-at ZeRO 1. Prints JSON.
+No model is run: FLOPs and activations are counted on tensors without values (``tinyflux plan``),
+the rest follows from formulas. Students without experts, in bfloat16, 8 samples at once, on one
+worker at ZeRO 1. Prints JSON.
 """
 
 import argparse

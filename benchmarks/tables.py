@@ -1,4 +1,6 @@
-"""The pages' tables of figures, made of ``benchmarks/results``: ``python benchmarks/tables.py``.
+"""The pages' tables of figures, made of their records: ``python benchmarks/tables.py``.
+
+The records lie in ``benchmarks/results`` and ``configs/compare/results``.
 
 A page says where a table belongs by the name of its record: ``<!-- figures: NAME -->`` before it
 and ``<!-- end of figures -->`` after it. What is between is written anew; with ``--check`` it is
@@ -16,6 +18,7 @@ from typing import Any
 from record import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPARISONS = ROOT / "configs" / "compare" / "results"
 MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 Record = Mapping[str, Any]
 Rows = Iterator[Sequence[str]]
@@ -65,14 +68,43 @@ def shift(record: Record) -> Rows:
         yield value, f"{arm['mean']:.3f}", gap, *(f"{loss:.3f}" for loss in arm["by_time"])
 
 
+def comparison(record: Record) -> Rows:
+    """Of a ``comparison.json`` of `tinyflux compare`: what each arm changes."""
+    yield "", "base", "at equal steps", "at equal wall clock"
+    for made in record["comparisons"]:
+        last = [trial["curves"][made["metric"]]["values"][-1] for trial in record["trials"]
+                if trial["arm"] == made["to"]]  # fmt: skip
+        decides = " (decides)" if made["metric"] == record["metric"] else ""
+        gaps = [
+            f"{gap['mean']:+.4f} ± {gap['half_width']:.4f}" if gap else ""
+            for gap in (made["at_steps"][-1], made["at_seconds"][-1])
+        ]
+        name = f"{made['arm']} to {made['to']}, `{made['metric']}`{decides}"
+        yield name, f"{sum(last) / len(last):.4f}", *gaps
+
+
+def presets(record: Record) -> Rows:
+    """Of ``presets.py``."""
+    sizes = ", ".join(record["presets"]["s"]["flops"])
+    yield ("`preset`", f"TFLOP a sample at {sizes} px", "GB of activations a sample",
+           "GB of a worker's state", "GB of a checkpoint")  # fmt: skip
+    for name, found in record["presets"].items():
+        flops = ", ".join(f"{value / 1e12:.3g}" for value in found["flops"].values())
+        kept = ", ".join(f"{value / 1e9:.3g}" for value in found["activation_bytes"].values())
+        state = f"{found['state_bytes'] / 1e9:.1f}"
+        yield f"`{name}`", flops, kept, state, f"{found['checkpoint_bytes'] / 1e9:.2f}"
+
+
 TABLES: dict[str, Callable[[Record], Rows]] = {
-    "reading": reading, "leaving": leaving, "shift": shift
+    "reading": reading, "leaving": leaving, "shift": shift, "presets": presets,
+    "demo_teachers": comparison,
 }  # fmt: skip
 
 
 def table(name: str) -> str:
     """The table of a record, as Markdown."""
-    record = json.loads((RESULTS / f"{name}.json").read_text())
+    file = next(place for place in (RESULTS, COMPARISONS) if (place / f"{name}.json").is_file())
+    record = json.loads((file / f"{name}.json").read_text())
     head, *rows = TABLES[name](record)
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
