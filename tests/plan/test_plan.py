@@ -223,13 +223,12 @@ def test_a_forward_has_the_flops_of_the_closed_formula(pixels):
     assert forward_flops(config, (side, side)) == pytest.approx(maps + attention, rel=0.01)
 
 
-@pytest.mark.parametrize("blocks", [(0, 3), (3, 0), (2, 4)])
-def test_blocks_that_are_alike_are_counted_by_one(blocks):
+@pytest.mark.parametrize(("blocks", "checkpointing"), [((0, 3), True), ((3, 1), False)])
+def test_blocks_that_are_alike_are_counted_by_one(blocks, checkpointing):
     """Against a count of every block."""
     config = student_config(num_double_layers=blocks[0], num_single_layers=blocks[1])
-    for checkpointing in (False, True):
-        trainer = TrainerConfig(gradient_checkpointing=checkpointing)
-        assert step_work(config, trainer, 2, (4, 4)) == count_step(config, trainer, 2, (4, 4))
+    trainer = TrainerConfig(gradient_checkpointing=checkpointing)
+    assert step_work(config, trainer, 2, (4, 4)) == count_step(config, trainer, 2, (4, 4))
 
 
 def counted(work) -> encoders.Flops:
