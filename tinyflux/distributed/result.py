@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.storage.folder import Folder
 from tinyflux.trainer.card import model_card
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.metrics import read_metrics
@@ -21,13 +23,18 @@ from tinyflux.util.files import atomic_write, file_sha256, full_disk_ends_run
 CARD, GRID = "README.md", "samples.png"
 
 
+def read_result(run: Folder) -> dict[str, Any]:
+    """What the result in a run's folder says of itself; nothing where there is none."""
+    try:
+        record: dict[str, Any] = json.loads(run.read(f"{names.FINAL}/{names.FINAL_STATE}"))
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
 def is_finished(job: TrainingJob) -> bool:
     """Whether ``final/`` holds the result of all of the run's steps."""
-    try:
-        done = json.loads(job.folder.read(f"{names.FINAL}/{names.FINAL_STATE}"))
-        return bool(done["step"] >= job.trainer.total_steps)
-    except (OSError, ValueError, KeyError):
-        return False
+    return int(read_result(job.folder).get("step", -1)) >= job.trainer.total_steps
 
 
 def write_result(

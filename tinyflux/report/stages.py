@@ -18,6 +18,7 @@ from typing import Any
 
 from tinyflux import run_dir
 from tinyflux.config import RunConfig, keep_run_config, parse_run_config, stage_names
+from tinyflux.distributed.result import read_result
 from tinyflux.errors import TinyFluxError, TrainingError
 from tinyflux.storage.remote import open_folder
 from tinyflux.util.config import to_dict
@@ -129,25 +130,15 @@ def check_first_weights(run: RunConfig) -> None:
         TrainingError: the training that it began with has gone on since.
     """
     source = run.trainer.init_from
-    began = _training_record(run.run_dir).get("init_from", {})
+    began = read_result(open_folder(run.run_dir)).get("init_from", {})
     if source is None or began.get("source") != source:
         return
-    files = _training_record(source).get("files", {})
+    files = read_result(open_folder(source)).get("files", {})
     if files and began.get("sha256") not in files.values():
         raise TrainingError(
             f"the training in {run.run_dir} began with weights that {source} has no more: delete "
             f"{run.run_dir} to train it from those that are there"
         )
-
-
-def _training_record(place: str) -> dict[str, Any]:
-    """What the result of the run at ``place`` says of itself; nothing where there is none."""
-    try:
-        path = f"{run_dir.FINAL}/{run_dir.FINAL_STATE}"
-        record: dict[str, Any] = json.loads(open_folder(place).read(path))
-    except (OSError, ValueError):
-        return {}
-    return record
 
 
 def run_stages(stages: Sequence[Stage], run: RunConfig, root: Path) -> None:
