@@ -5,16 +5,18 @@ A local directory goes wherever a hub repository's name goes.
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from tinyflux.errors import ConfigError
 from tinyflux.model.pretrained import open_pretrained, open_teacher, open_vae
 from tinyflux.util.config import nearest
 from tinyflux.util.device import resolve_device
+
+if TYPE_CHECKING:  # each takes seconds to import: only who opens a model waits for it
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 LUNE_FILENAME = "sd15-flow-lune-unet.safetensors"
 SOL_FILENAME = "sd15-flow-sol-unet.safetensors"
@@ -57,35 +59,39 @@ class FrozenModels:
             "sol": self.load_sol,
         }
 
-    def load_vae(self) -> AutoencoderKL:
+    def load_vae(self) -> "AutoencoderKL":
         """The student's VAE."""
         return self._load("vae", lambda: open_vae(self.vae_repo, self.dtype))
 
-    def load_sd_vae(self) -> AutoencoderKL:
+    def load_sd_vae(self) -> "AutoencoderKL":
         """The teachers' VAE; the student's own module if both come from one place."""
         if self.sd_repo == self.vae_repo:
             return self.load_vae()
         return self._load("sd_vae", lambda: open_vae(self.sd_repo, self.dtype))
 
-    def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
+    def load_t5(self) -> tuple["T5Tokenizer", "T5EncoderModel"]:
         """T5's tokenizer and encoder."""
+        from transformers import T5EncoderModel
+
         model = self._load(
             "t5", lambda: open_pretrained(T5EncoderModel, self.t5_repo, dtype=self.dtype)
         )
         return self.t5_tokenizer(), model
 
-    def load_clip(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    def load_clip(self) -> tuple["CLIPTokenizer", "CLIPTextModel"]:
         """CLIP's tokenizer and text model."""
+        from transformers import CLIPTextModel
+
         model = self._load(
             "clip", lambda: open_pretrained(CLIPTextModel, self.clip_repo, dtype=self.dtype)
         )
         return self.clip_tokenizer(), model
 
-    def load_lune(self, filename: str = LUNE_FILENAME) -> UNet2DConditionModel:
+    def load_lune(self, filename: str = LUNE_FILENAME) -> "UNet2DConditionModel":
         """The Lune teacher: folder ``lune/``, or else the file ``filename``."""
         return self._load("lune", lambda: self._open_teacher("lune", filename))
 
-    def load_sol(self, filename: str = SOL_FILENAME) -> UNet2DConditionModel:
+    def load_sol(self, filename: str = SOL_FILENAME) -> "UNet2DConditionModel":
         """The Sol teacher: folder ``sol/``, or else the file ``filename``."""
         return self._load("sol", lambda: self._open_teacher("sol", filename))
 
@@ -103,7 +109,7 @@ class FrozenModels:
         """The models in memory, by name."""
         return dict(self._models)
 
-    def _open_teacher(self, name: str, filename: str) -> UNet2DConditionModel:
+    def _open_teacher(self, name: str, filename: str) -> "UNet2DConditionModel":
         return open_teacher(self.experts_repo, name, filename, self.dtype)
 
     def _load(self, name: str, opener: Callable[[], Any]) -> Any:
@@ -113,10 +119,14 @@ class FrozenModels:
 
     def t5_tokenizer(self) -> Any:
         """T5's tokenizer, which needs no model."""
+        from transformers import T5Tokenizer
+
         return self._tokenizer("t5", T5Tokenizer, self.t5_repo)
 
     def clip_tokenizer(self) -> Any:
         """CLIP's tokenizer, which needs no model."""
+        from transformers import CLIPTokenizer
+
         return self._tokenizer("clip", CLIPTokenizer, self.clip_repo)
 
     def _tokenizer(self, name: str, cls: Any, repo: str) -> Any:

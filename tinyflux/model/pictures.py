@@ -1,15 +1,17 @@
 """Pictures into a VAE's latents."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
 from tinyflux.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 T = TypeVar("T")
 
@@ -26,7 +28,7 @@ def downscale(config: Mapping[str, Any]) -> int:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, images: Sequence[Image.Image], batch_size: int) -> Tensor:
+def encode_pictures(vae: "AutoencoderKL", images: Sequence[Image.Image], batch_size: int) -> Tensor:
     """Posterior modes ``[N, C, h, w]``, unscaled."""
     if not images:
         raise InputError("there are no pictures to encode")

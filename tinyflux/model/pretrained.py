@@ -4,16 +4,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from tinyflux.errors import HubError
 from tinyflux.util.text import first_line
+
+if TYPE_CHECKING:  # each takes seconds to import: only who opens a model waits for it
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 # Stable Diffusion 1.5's UNet, whose single-file checkpoints come without a config.
 SD15_UNET: dict[str, Any] = {
@@ -31,6 +32,9 @@ def open_pretrained(
     cls: Any, repo: str, subfolder: str = "", dtype: torch.dtype | None = None
 ) -> Any:
     """``cls.from_pretrained`` with one clear sentence when it cannot be opened."""
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
     place = f"{repo}/{subfolder}" if subfolder else repo
     local = os.path.isdir(repo)
     _check_directory(cls, repo, local)
@@ -66,8 +70,10 @@ def _looks_local(repo: str) -> bool:
     return repo.startswith((".", "/", "~")) or repo.count("/") != 1
 
 
-def open_vae(repo: str, dtype: torch.dtype) -> AutoencoderKL:
+def open_vae(repo: str, dtype: torch.dtype) -> "AutoencoderKL":
     """A VAE, at the repository's root or in ``vae/``."""
+    from diffusers import AutoencoderKL
+
     return open_pretrained(AutoencoderKL, repo, _vae_folder(repo), dtype)
 
 
@@ -77,6 +83,8 @@ def open_vae_config(repo: str) -> Mapping[str, Any]:
     Raises:
         HubError: there is none, or it cannot be read.
     """
+    from diffusers import AutoencoderKL
+
     local = os.path.isdir(repo)
     _check_directory(AutoencoderKL, repo, local)
     with _one_sentence(AutoencoderKL, repo, local):
@@ -89,8 +97,12 @@ def _vae_folder(repo: str) -> str:
     return "" if at_root else "vae"
 
 
-def open_teacher(repo: str, folder: str, filename: str, dtype: torch.dtype) -> UNet2DConditionModel:
+def open_teacher(
+    repo: str, folder: str, filename: str, dtype: torch.dtype
+) -> "UNet2DConditionModel":
     """A teacher: folder ``folder`` of the repository, or its file ``filename``."""
+    from diffusers import UNet2DConditionModel
+
     if os.path.isfile(os.path.join(repo, folder, "config.json")):
         return open_pretrained(UNet2DConditionModel, repo, folder, dtype)
     if os.path.isdir(repo):

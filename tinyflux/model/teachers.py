@@ -10,14 +10,16 @@ Shape legend: B batch, C latent channels, h x w latent grid, N tokens of an atte
 
 import math
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from tinyflux.model.attention_stats import watched_attention
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 SPATIAL_SIZE = 8
 
@@ -38,7 +40,7 @@ class _Stop(Exception):
     """Ends a UNet's forward once all that is wanted has been computed."""
 
 
-def _run(unet: UNet2DConditionModel, latents: Tensor, sigma: Tensor, text: Tensor) -> None:
+def _run(unet: "UNet2DConditionModel", latents: Tensor, sigma: Tensor, text: Tensor) -> None:
     """The UNet's forward, until a hook stops it."""
     dtype = next(unet.parameters()).dtype
     with suppress(_Stop):
@@ -47,7 +49,7 @@ def _run(unet: UNet2DConditionModel, latents: Tensor, sigma: Tensor, text: Tenso
 
 @torch.no_grad()
 def lune_features(
-    unet: UNet2DConditionModel, latents: Tensor, sigma: Tensor, text: Tensor
+    unet: "UNet2DConditionModel", latents: Tensor, sigma: Tensor, text: Tensor
 ) -> Tensor:
     """Mean over space of the mid block's output, ``[B, width]`` in fp32.
 
@@ -73,7 +75,7 @@ def lune_features(
 
 @torch.no_grad()
 def sol_features(
-    unet: UNet2DConditionModel,
+    unet: "UNet2DConditionModel",
     latents: Tensor,
     sigma: Tensor,
     text: Tensor,

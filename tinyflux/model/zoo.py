@@ -3,18 +3,20 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextConfig, T5EncoderModel, T5Tokenizer
 
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.model.frozen_models import FrozenModels
 from tinyflux.model.pictures import batches, downscale, encode_pictures
 from tinyflux.model.pretrained import open_pretrained, open_vae_config
 from tinyflux.model.text import CutTokens, t5_embeddings, tokenize
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel, T5Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class ModelZoo(FrozenModels):
         self.text_padding, self.vae_shift = text_padding, vae_shift
         self._vae_config: Mapping[str, Any] | None = None
 
-    def load_t5(self) -> tuple[T5Tokenizer, T5EncoderModel]:
+    def load_t5(self) -> tuple["T5Tokenizer", "T5EncoderModel"]:
         """T5's tokenizer and encoder.
 
         Raises:
@@ -183,6 +185,8 @@ class ModelZoo(FrozenModels):
     @cached_property
     def clip_limit(self) -> int:
         """How many tokens CLIP reads, its start and end among them: 77."""
+        from transformers import CLIPTextConfig
+
         return int(open_pretrained(CLIPTextConfig, self.clip_repo).max_position_embeddings)
 
     def cut_tokens(self, prompts: Sequence[str]) -> list[CutTokens]:
