@@ -7,6 +7,9 @@ FRESH ?=
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check lint types format constraints clean
 
+# Processes that begin again and again keep what they compiled of the package.
+unexport PYTHONDONTWRITEBYTECODE
+
 # How many tests at a time. A slow one starts a Ray of many processes: with more than two of those,
 # a small machine has nothing that answers in time.
 WORKERS ?= 4

@@ -1,6 +1,6 @@
 """A cache build without Ray: what is computed, what is kept, and what is refused.
 
-Slow: the twenty kills at the end, each of a process that begins to build.
+Slow: the kills at the end, each of a process that begins to build.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.fixtures.caches import (
     make,
     rows_by_key,
 )
-from tests.fixtures.waiting import PATIENCE
+from tests.fixtures.waiting import PATIENCE, kills
 from tests.fixtures.worlds import make_world, write_pictures
 from tinyflux.cache.build import build
 from tinyflux.cache.claim import claim
@@ -529,7 +529,7 @@ def test_a_store_that_refuses_writes_ends_with_a_sentence_and_resumes(configs, p
 
 @pytest.mark.slow
 @pytest.mark.fault
-def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processes):
+def test_kills_at_random_moments_leave_the_same_dataset(configs, processes):
     """SIGKILL while files are being made and written, again and again, then one run to the end."""
     straight = changed(configs, cache={"path": f"{configs.cache.path}-straight"})
     process = start(processes, straight)
@@ -537,8 +537,8 @@ def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processe
     assert finish(process) == 0
     length = time.monotonic() - begun
     dice = random.Random(0)
-    kills, states = 0, []
-    while kills < 20:
+    killed, states = 0, []
+    while killed < kills(8):
         # All receipts gone now and then, so that there is always something to kill.
         if not dice.randrange(4):
             for path in sorted(configs.store.directory.glob("receipts/*.json"))[::2]:
@@ -548,7 +548,7 @@ def test_twenty_kills_at_random_moments_leave_the_same_dataset(configs, processe
         time.sleep(dice.uniform(0, length))
         if process.is_alive():
             process.kill()
-            kills += 1
+            killed += 1
         finish(process)
         states.append(len(list(configs.store.directory.glob("receipts/*.json"))) - before)
     assert min(states) >= 0  # nothing that was committed is lost

@@ -18,7 +18,7 @@ import torch
 from tests.fixtures import keeper
 from tests.fixtures.caches import CAPTIONS, assert_same, changed
 from tests.fixtures.ray_head import running_nodes
-from tests.fixtures.waiting import PATIENCE, wait_for
+from tests.fixtures.waiting import PATIENCE, kills, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import build
 from tinyflux.cache.config import CacheConfig, DataConfig
@@ -76,23 +76,23 @@ def start(configs, head):
 @pytest.mark.slow
 @pytest.mark.fault
 def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(configs, head):
-    """Six SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
+    """SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
     mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
     dice = random.Random(1)
-    drivers = actors = 0
+    drivers, actors, each = 0, 0, kills(4) // 2
     receipts = mine.store.directory / "receipts"
-    while drivers < 3 or actors < 3:
+    while drivers < each or actors < each:
         driver = start(mine, head)
         count = len(list(receipts.glob("*.json")))
         enough = count + dice.randrange(1, 6)
         while driver.poll() is None and len(list(receipts.glob("*.json"))) < enough:
             time.sleep(0.01)
         time.sleep(dice.random() / 4)
-        if actors < 3:
+        if actors < each:
             for pid in head.processes(b"ShardActor")[:1]:
                 os.kill(pid, signal.SIGKILL)
                 actors += 1
-        if actors % 2 == 0 or actors >= 3:
+        if actors % 2 == 0 or actors >= each:
             driver.kill()
             drivers += 1
             driver.wait()

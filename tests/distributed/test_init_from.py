@@ -123,9 +123,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_begun(base):
     assert not Path(run.run_dir).exists()
 
 
-@pytest.mark.parametrize(
-    ("engine", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
-)
+@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)])
 def test_every_engine_on_ray_begins_like_one_process(base, local, engine, stage):
     ray = pytest.importorskip("ray")
     pytest.importorskip("deepspeed")

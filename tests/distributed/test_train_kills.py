@@ -1,6 +1,6 @@
 """Training through the deaths of its processes and of a node.
 
-Slow: after each of ten deaths, processes that import torch start again; a node comes and goes.
+Slow: after each death, processes that import torch start again; a node comes and goes.
 """
 
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.fixtures import keeper
 from tests.fixtures.caches import build_small_cache
 from tests.fixtures.ray_head import running_nodes
-from tests.fixtures.waiting import PATIENCE, wait_for
+from tests.fixtures.waiting import PATIENCE, kills, wait_for
 from tests.fixtures.worlds import CAPTIONS
 from tinyflux.config import RunConfig
 from tinyflux.distributed.config import WorkersConfig
@@ -32,7 +32,7 @@ from tinyflux.trainer.metrics import read_metrics
 from tinyflux.util.config import to_dict
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
-KILLS, EVERY, STEPS = 10, 5, 100
+KILLS, EVERY, STEPS = kills(5), 5, 100
 LONG = 800  # while the second node comes
 JOB = """
 import functools, json, sys
@@ -111,12 +111,12 @@ def straight(run, head):
     return run
 
 
-def test_ten_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
+def test_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
     chance = random.Random(7)
     killed = replace(straight, run_dir=f"{straight.run_dir}-killed")
     driver, victims = start(killed, head.environment), []
     while len(victims) < KILLS:
-        # Each life gets at least one checkpoint further, so the ten deaths are ten places.
+        # Each life gets at least one checkpoint further, so each death is at another place.
         before = saved(killed)
         deadline = time.monotonic() + PATIENCE
         while saved(killed) <= before and driver.poll() is None:
