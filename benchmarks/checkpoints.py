@@ -125,7 +125,7 @@ class Run:
             Recorder(config, paths),
         )
         loop.stalls = []
-        loop.run(data())
+        loop.run(data(), ahead=False)
         steps = [after - before for before, after in pairwise(times)]
         return [
             self._figures(

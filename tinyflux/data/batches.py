@@ -1,6 +1,6 @@
 """What a training step and validation read: samples in tensors, wherever they come from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -75,11 +75,15 @@ class TrainBatch:
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """The batch with every tensor but ``positions`` on ``device``."""
-        moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, tensor in moved.items():
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TrainBatch":
+        """The batch with every tensor but ``positions`` changed so, as by a copy to a device."""
+        changed: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, tensor in changed.items():
             if tensor is not None and name != "positions":
-                moved[name] = tensor.to(device, non_blocking=True)
-        return TrainBatch(**moved)
+                changed[name] = change(tensor)
+        return TrainBatch(**changed)
 
     def __getitem__(self, rows: slice) -> "TrainBatch":
         """A part of the batch."""

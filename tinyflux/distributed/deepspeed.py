@@ -108,6 +108,8 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+            # It would wait for the device twice in each micro-batch.
+            "timers": {"throughput": {"enabled": False}},
         }
 
     def _buckets(self) -> dict[str, int]:
@@ -137,14 +139,14 @@ class DeepSpeedEngine:
                 self._parameters, self._config.grad_clip or float("inf")
             )
             skipped = ~norm.isfinite()
-            if skipped:
-                self._engine.zero_grad()
-            else:
-                self._engine.step()
-        else:
+            self._optimizer.found_inf = skipped.float()  # as in plain torch: fused AdamW
             self._engine.step()
-            norm = torch.as_tensor(float(self._engine.get_global_grad_norm()), device=self.device)
-            skipped = torch.as_tensor(bool(self._optimizer.overflow), device=self.device)
+        else:
+            # DeepSpeed itself reads the norm, to know whether it is finite.
+            self._engine.step()
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+            norm = norm.float().reshape(())
+            skipped = torch.full((), bool(self._optimizer.overflow), device=self.device)
         self.skips.update(skipped)
         return norm
 

@@ -27,7 +27,6 @@ from tinyflux.trainer.engine import Engine, TorchEngine
 from tinyflux.trainer.evaluation import Evaluations, InlineEvaluator
 from tinyflux.trainer.init_from import WeightsFile, find_weights
 from tinyflux.trainer.loop import TrainLoop
-from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder
 from tinyflux.trainer.trackers import Tracker
 
@@ -82,11 +81,7 @@ class Training:
         recorder = self._build_recorder(model, ema, data, mirror) if self.is_main else None
         null_text = data.null_text if config.text_dropout > 0 else None
         loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder)
-        steps = prefetch(reader.steps(state.samples_seen, self.rank, self.world_size))
-        try:
-            loop.run(steps)
-        finally:
-            steps.close()  # type: ignore[attr-defined]
+        loop.run(reader.steps(state.samples_seen, self.rank, self.world_size))
         _, averaged = loop.whole_weights()
         if averaged is not None:
             write_result(job, model, averaged, data, state)

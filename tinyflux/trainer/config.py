@@ -126,7 +126,7 @@ class TrainerConfig:
         async_checkpoints: Write checkpoints in a thread, from a copy in CPU memory.
         verify_checkpoints: Compare every byte of a checkpoint that is read with its SHA-256.
         max_nonfinite_steps: Consecutive steps with gradients that are not finite, which are
-            skipped, that end the run.
+            skipped, that end the run, as is seen at its next log line.
         init_by_name: Draw each layer's first weights by the seed and its name, so that students
             that differ in some modules begin alike in all others; for runs from a cache. `tinyflux
             compare` sets it.

@@ -1,10 +1,16 @@
 """The random numbers of training, each of which belongs to a sample's position in the run."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tinyflux.data.batches import TrainBatch
+from tinyflux.model.time_shift import shift_at
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import timesteps_from_normal
 from tinyflux.util.seeding import generator, randn_for
 
 
@@ -46,3 +52,50 @@ class Draws:
         noise = torch.stack([randn_for(shape, seed, "noise", place) for place in places])
         text, teachers, _ = uniform.unbind(-1)
         return cls(normal, noise, text, teachers, dropout)
+
+
+@dataclass
+class Conditions:
+    """How the samples of a micro-batch are trained, by their draws and a run's settings.
+
+    Attributes:
+        t: ``[B]`` times.
+        noise: ``[B, C, H, W]`` standard normal.
+        no_text: ``[B]`` bool, whose captions are dropped.
+        keep_lune, keep_sol: ``[B]`` bool, whose forward may see that teacher. As in use, none sees
+            one without its caption.
+        dropout: ``[B]`` int64 seeds of the model's dropout layers.
+    """
+
+    t: Tensor
+    noise: Tensor
+    no_text: Tensor
+    keep_lune: Tensor
+    keep_sol: Tensor
+    dropout: Tensor
+
+    @classmethod
+    def of(cls, batch: TrainBatch, config: TrainerConfig) -> "Conditions":
+        """Those of a batch, on the CPU, where they are the same numbers for every device."""
+        draws = Draws.at(config.seed, batch.positions, tuple(batch.latents.shape[1:]))
+        t = timesteps_from_normal(
+            draws.normal,
+            # Pictures of a batch have one size.
+            shift=shift_at(config.shift, math.prod(batch.grid), config.shift_tokens),
+            logit_normal=config.logit_normal_sampling,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        )
+        no_text = draws.text < config.text_dropout
+        return cls(
+            t,
+            draws.noise,
+            no_text,
+            keep_lune=~no_text & (draws.teachers >= config.lune_dropout),
+            keep_sol=~no_text & (draws.teachers >= config.sol_dropout),
+            dropout=draws.dropout,
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        """The same with every tensor changed so, as by a copy to a device."""
+        return Conditions(**{name: change(tensor) for name, tensor in vars(self).items()})

@@ -11,7 +11,6 @@ class Due:
 
     Attributes:
         report: whether the losses are logged.
-        check: whether steps that were skipped in a row end the run.
         step_checkpoint, epoch_checkpoint: whether one of that kind is written, and
             step_upload, epoch_upload: whether it is uploaded, too.
         validate: whether held-out losses are taken; draw: whether the prompts are drawn;
@@ -19,7 +18,6 @@ class Due:
     """
 
     report: bool = False
-    check: bool = False
     step_checkpoint: bool = False
     step_upload: bool = False
     epoch_checkpoint: bool = False
@@ -41,7 +39,6 @@ class Due:
         epoch_upload = every(config.upload_every_epochs, epoch)
         return cls(
             report=last or every(config.log_every, step),
-            check=last or every(config.max_nonfinite_steps, step),
             step_checkpoint=last or every(config.save_every_steps, step) or step_upload,
             step_upload=step_upload,
             epoch_checkpoint=every(config.save_every_epochs, epoch) or epoch_upload,

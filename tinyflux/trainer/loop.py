@@ -6,7 +6,7 @@ batches come from. What a run leaves beside its weights is the main worker's
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from tinyflux.trainer.due import Due
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.evaluation import EvaluationRequest
+from tinyflux.trainer.feed import Feed, ReadyStep
 from tinyflux.trainer.meter import LOSSES, StepMeter
 from tinyflux.trainer.recorder import CheckpointKind, Recorder
 from tinyflux.trainer.schedules import lr_at
@@ -61,12 +62,17 @@ class TrainLoop:
             null_text[1].to(engine.device),
         )
         self._world = rank_and_world()[1]
+        self._feed = Feed(engine.device, config)
         self._meter = StepMeter(engine.device)
         self._grid = (64, 64)  # that of the latest batch
         install(engine.model)
 
-    def run(self, data: Iterable[StepData]) -> None:
+    def run(self, data: Iterable[StepData], ahead: bool = True) -> None:
         """Train on ``data`` until it ends or ``config.total_steps`` are done.
+
+        Args:
+            ahead: have a thread read it and make it ready some steps ahead; else each step's is
+                asked for when the one before is done.
 
         Raises:
             TrainingError: gradients stayed non-finite, or the disk is full.
@@ -76,15 +82,17 @@ class TrainLoop:
             return
         recorder, step = self.recorder, self.state.step
         with nullcontext() if recorder is None else recorder.recording(step):
-            self._train(data)
+            with closing(self._feed.steps(data, ahead)) as steps:
+                self._train(steps)
             if recorder is not None:
                 recorder.take_evaluations(wait=True)
 
-    def _train(self, data: Iterable[StepData]) -> None:
+    def _train(self, steps: Iterable[ReadyStep]) -> None:
         self.engine.model.train()
         first = True
         self._meter.wait_for_data()
-        for item in data:
+        for ready in steps:
+            item = ready.data
             self._grid = item.micro_batches[0].grid
             if first:
                 self._evaluate_if_missing()
@@ -92,7 +100,7 @@ class TrainLoop:
             if self.recorder is not None:
                 self.recorder.check()
             self._meter.data_is_there()
-            norm = self.step(item)
+            norm = self._step(ready)
             self._meter.step_is_done(item.samples_seen - self.state.samples_seen)
             self._conclude(self._advance(item), norm)
             if self.state.step >= self.config.total_steps:
@@ -101,16 +109,23 @@ class TrainLoop:
 
     def step(self, item: StepData) -> Tensor:
         """Change the weights and the EMA by one optimizer step; the gradient's norm, a scalar."""
+        return self._step(self._feed.ready(item))
+
+    def _step(self, ready: ReadyStep) -> Tensor:
+        """See :meth:`step`; nothing here waits for the device but what an engine has to know."""
+        item = ready.data
         losses = torch.zeros(LOSSES, device=self.engine.device)
-        for index, batch in enumerate(item.micro_batches):
+        batches = zip(item.micro_batches, ready.conditions, strict=True)
+        for index, (batch, conditions) in enumerate(batches):
             loss = training_loss(
                 self.engine.model,
-                batch.to(self.engine.device),
+                batch,
                 self.config,
                 self.state.step,
                 self.null_text,
                 self.t_buckets,
                 velocity=self.engine.forward,
+                conditions=conditions,
             )
             # The mean over the global batch, however it is cut: workers are averaged afterwards.
             share = len(batch) * self._world / item.size
@@ -135,8 +150,6 @@ class TrainLoop:
         """Do what is due after a step; all workers take part."""
         if due.report:
             self._report(norm)
-        if due.check:
-            self._check_finite()
         if due.step_checkpoint:
             self.save("step", due.step_upload)
         if due.epoch_checkpoint:
@@ -146,22 +159,23 @@ class TrainLoop:
             self.recorder.take_evaluations()
 
     def _report(self, norm: Tensor) -> None:
-        """Record the means since the last report."""
+        """Record the means since the last report, for which the device is waited for.
+
+        Raises:
+            TrainingError: gradients stayed non-finite.
+        """
         step = self.state.step
         sums = self.engine.average(self._meter.sums)
-        skipped, _ = self.engine.skips.read()
+        skipped, longest = self.engine.skips.read()
         figures = self._meter.figures(sums, norm, lr_at(self.config, step - 1), skipped)
         if self.recorder is not None:
             self.recorder.report(step, figures)
         self._meter.reset()
-
-    def _check_finite(self) -> None:
-        skipped, longest = self.engine.skips.read()
         if longest >= self.config.max_nonfinite_steps:
             raise TrainingError(
-                f"the gradient was not finite for {longest} steps in a row (until step "
-                f"{self.state.step}; {skipped} skipped in all): lower trainer.learning_rate, "
-                "or look for broken samples in the cache"
+                f"the gradient was not finite for {longest} steps in a row (until step {step}; "
+                f"{skipped} skipped in all): lower trainer.learning_rate, or look for broken "
+                "samples in the cache"
             )
 
     def save(self, kind: CheckpointKind, upload: bool) -> None:

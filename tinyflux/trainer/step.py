@@ -4,7 +4,6 @@ Every random number of a sample comes from (seed, its global position in the run
 batch is therefore trained in the same way on any number of workers and micro-batches.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,13 +13,12 @@ from torch import Tensor
 from tinyflux.data.batches import TrainBatch
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents, token_grid
-from tinyflux.model.time_shift import shift_at
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher_features
-from tinyflux.trainer.draws import Draws
+from tinyflux.trainer.draws import Conditions
 from tinyflux.trainer.dropout import SampleDropout
 from tinyflux.trainer.losses import compute_main_loss, min_snr_weight
-from tinyflux.trainer.schedules import get_lune_weight, get_sol_weight, timesteps_from_normal
+from tinyflux.trainer.schedules import get_lune_weight, get_sol_weight
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 
 
@@ -57,6 +55,7 @@ def training_loss(
     null_text: tuple[Tensor, Tensor] | None,
     t_buckets: Tensor,
     velocity: Velocity | None = None,
+    conditions: Conditions | None = None,
 ) -> StepLoss:
     """Losses of one micro-batch at optimizer step ``step``.
 
@@ -66,15 +65,16 @@ def training_loss(
             for dropped captions; None means zeros.
         t_buckets: ``[K]`` times of the batch's teacher features.
         velocity: how to call the model, if not directly (an engine's forward).
+        conditions: the batch's, on its device; left out, they are made here.
     """
     device = batch.latents.device
-    draws = Draws.at(config.seed, batch.positions, tuple(batch.latents.shape[1:]))
-    t = _times(draws, batch, config).to(device)
-    data, noise = batch.latents.float(), draws.noise.to(device)
-    no_text = draws.text < config.text_dropout
-    t5, pooled = _drop_text(batch, no_text.to(device), null_text)
+    if conditions is None:
+        conditions = Conditions.of(batch, config).map(lambda tensor: tensor.to(device))
+    t, noise = conditions.t, conditions.noise
+    data = batch.latents.float()
+    t5, pooled = _drop_text(batch, conditions.no_text, null_text)
     teachers = teacher_features(batch, model.config, config, t, t_buckets)
-    _seed_dropout(model, draws.dropout.to(device))
+    _seed_dropout(model, conditions.dropout)
 
     patch = model.config.patch_size
     grid = token_grid(*batch.grid, patch)
@@ -84,7 +84,7 @@ def training_loss(
         pooled,
         t,
         TinyFluxDeep.create_img_ids(len(batch), *grid, device=device),
-        **_seen_teachers(teachers, draws, no_text, config, device),
+        **teachers.seen(conditions.keep_lune, conditions.keep_sol),
         return_expert_pred=True,
         grid=grid,
     )
@@ -99,17 +99,6 @@ def training_loss(
     return StepLoss(total, main.detach(), lune.detach(), sol.detach())
 
 
-def _times(draws: Draws, batch: TrainBatch, config: TrainerConfig) -> Tensor:
-    """``[B]``: at which times the samples are trained; pictures of a batch have one size."""
-    return timesteps_from_normal(
-        draws.normal,
-        shift=shift_at(config.shift, math.prod(batch.grid), config.shift_tokens),
-        logit_normal=config.logit_normal_sampling,
-        logit_mean=config.logit_mean,
-        logit_std=config.logit_std,
-    )
-
-
 def _drop_text(
     batch: TrainBatch, drop: Tensor, null_text: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
@@ -120,23 +109,6 @@ def _drop_text(
         torch.where(drop[:, None, None], null_t5.to(t5), t5),
         torch.where(drop[:, None], null_pooled.to(pooled), pooled),
     )
-
-
-def _seen_teachers(
-    teachers: Teachers,
-    draws: Draws,
-    no_text: Tensor,
-    config: TrainerConfig,
-    device: torch.device,
-) -> dict[str, Tensor | None]:
-    """The model's keyword arguments with the teachers that each sample's forward sees.
-
-    As in use: with no teacher at all, and the unconditional branch (``no_text`` ``[B]``) with
-    nothing.
-    """
-    keep_lune = ~no_text & (draws.teachers >= config.lune_dropout)
-    keep_sol = ~no_text & (draws.teachers >= config.sol_dropout)
-    return teachers.seen(keep_lune.to(device), keep_sol.to(device))
 
 
 def _seed_dropout(model: TinyFluxDeep, seeds: Tensor) -> None:

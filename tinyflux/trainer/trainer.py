@@ -29,7 +29,6 @@ from tinyflux.trainer.init_from import ThisMachine, begin_from, find_weights
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.picture_figures import PictureFigures
-from tinyflux.trainer.prefetch import prefetch
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
@@ -188,11 +187,7 @@ class Trainer:
                 f"the model was moved from {self._device} to {device} after the Trainer was made "
                 "with it (a Sampler moves its model): make both with one device"
             )
-        data = prefetch(self.steps(epochs))
-        try:
-            loop.run(data)
-        finally:
-            data.close()  # type: ignore[attr-defined]
+        loop.run(self.steps(epochs))
 
     def save_checkpoint(self, path: str) -> None:
         """Write a checkpoint directory; see ``tinyflux.trainer.checkpoint``."""
