@@ -351,6 +351,8 @@ def test_float32_is_not_planned_at_the_speed_of_bfloat16():
     assert "float32" in str(full)
     slow = make_plan(a_run(trainer={"dtype": torch.float32})).training
     assert slow.compute / half.training.compute == pytest.approx(989 / 67)
+    tf32 = make_plan(a_run(trainer={"dtype": torch.float32, "tf32": True})).training
+    assert tf32.compute / half.training.compute == pytest.approx(2)
 
 
 def test_processes_on_cpus_are_not_as_fast_as_the_gpus_beside_them():

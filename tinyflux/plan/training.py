@@ -210,7 +210,9 @@ def _seconds(
             )
         device = resolve_device("cuda" if workers.use_gpu else "cpu")
         return calibrate(run.model, trainer, micro_batch, grid, device), "steps on this machine"
-    speed = run.cluster.speed(trainer.dtype, workers.use_gpu).products
+    speeds = run.cluster.speed(trainer.dtype, workers.use_gpu)
+    # What torch lets convolutions use of its own accord.
+    speed = speeds.convolutions if trainer.tf32 else speeds.products
     if speed:
         precision = f" of {dtype_name(trainer.dtype)}" if workers.use_gpu else ""
         return work.flops / speed, f"{run.cluster.mfu:.0%} of the peak{precision}"

@@ -101,6 +101,9 @@ class TrainerConfig:
         upload_every_steps: Optimizer steps between uploads; None: no such uploads.
         upload_every_epochs: Epochs between uploads; None: no such uploads.
         dtype: Precision of autocast over fp32 weights: bfloat16 or float32.
+        tf32: Whether a GPU multiplies fp32 matrices in TF32, of 10 bits behind the point: all of
+            them with ``dtype`` float32, with bfloat16 the few outside of autocast. It holds for the
+            process; None leaves torch's own setting as it is.
         decay_matrices_only: Decay the weights of linear layers alone: no biases, gains of norms,
             gates, nor the per-head scales of Sol's map.
         lr_decay_ratio: Share of ``total_steps`` in which the schedule ``"wsd"`` falls.
@@ -224,6 +227,7 @@ class TrainerConfig:
     dtype: torch.dtype = torch.bfloat16
 
     # Beyond the published API: the recipe
+    tf32: bool | None = None
     decay_matrices_only: bool = False
     lr_decay_ratio: float = 0.2
 

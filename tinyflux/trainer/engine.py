@@ -188,6 +188,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def prepare_model(model: TinyFluxDeep, config: TrainerConfig) -> TinyFluxDeep:
     """``model`` with fp32 master weights, and checkpointed and compiled as configured, in place."""
     model.float()
+    set_tf32(next(model.parameters()).device, config.tf32)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile_mode is not None:
@@ -195,6 +196,17 @@ def prepare_model(model: TinyFluxDeep, config: TrainerConfig) -> TinyFluxDeep:
         for block in (*model.double_blocks, *model.single_blocks):
             block.compile(mode=config.compile_mode)
     return model
+
+
+def set_tf32(device: torch.device, tf32: bool | None) -> None:
+    """Let fp32 products on a GPU be TF32 or not, in this process; None changes nothing.
+
+    A CPU is left alone: torch would have it, too, work in TF32 where it can.
+    """
+    if tf32 is not None and device.type == "cuda":
+        # Not torch.backends.cuda.matmul.fp32_precision: inductor asks for this one, and torch
+        # raises where only the other was set.
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def trainable_names(model: nn.Module) -> list[str]:
