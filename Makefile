@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FRESH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check lint types format constraints clean
+.PHONY: help demo test test-faults test-all check lint types format constraints clean
 
 # Processes that begin again and again keep what they compiled of the package.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed  ## the whole system on real pictures, in about ten min
 
 test: $(VENV)/.installed  ## the tests, but for the long ones that break things
 	$(call both,$(FAST),$(SLOW) "slow and not fault")
+
+test-faults: $(VENV)/.installed  ## only the long ones: kills, cut wires, lost nodes, a launched cluster
+	TINYFLUX_LAUNCH=1 $(SLOW) "fault"
 
 test-all: $(VENV)/.installed  ## every test: also kills, cut wires, lost nodes, a launched cluster
 	$(call both,$(FAST),TINYFLUX_LAUNCH=1 $(SLOW) "slow or fault")
