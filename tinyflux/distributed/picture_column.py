@@ -1,12 +1,12 @@
 """A Parquet file's column of pictures, of which a row group is in memory at a time."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinyflux.cache.sources.parquet import picture_bytes
 from tinyflux.storage.remote import open_filesystem
 
 
@@ -36,9 +36,5 @@ class PictureColumn:
             if group != self._group:
                 table = self._file.read_row_group(group, columns=[self._key])
                 self._group, self._pictures = group, table[self._key]
-            yield _content(self._pictures[row - int(self._ends[group])].as_py())
-
-
-def _content(value: Any) -> bytes:
-    content: bytes = value["bytes"] if isinstance(value, dict) else value
-    return content
+            # No bytes are no picture, as whoever opens it says.
+            yield picture_bytes(self._pictures[row - int(self._ends[group])]) or b""

@@ -130,9 +130,13 @@ class CellReader:
         return self._columns[name]
 
     def cell(self, path: str, group: int, row: int, name: str) -> bytes | None:
-        """A picture file: ``binary``, or ``{bytes, path}`` as the Hub has it."""
-        value = self.column(path, group, name)[row]
-        if isinstance(value, pa.StructScalar) and value.is_valid:
-            value = value["bytes"]
-        found: bytes | None = value.as_py()
-        return found
+        """A picture's file, None where there is none; see :meth:`column` for errors."""
+        return picture_bytes(self.column(path, group, name)[row])
+
+
+def picture_bytes(cell: pa.Scalar) -> bytes | None:
+    """A picture's file of a cell: ``binary``, or ``{bytes, path}`` as the Hub has it."""
+    if isinstance(cell, pa.StructScalar) and cell.is_valid:
+        cell = cell["bytes"]
+    found: bytes | None = cell.as_py()
+    return found
