@@ -61,19 +61,16 @@ class Feed:
     def _begin(self, data: StepData) -> ReadyStep:
         """Draw, and begin the copies."""
         conditions = [Conditions.of(batch, self._config) for batch in data.micro_batches]
-        if self._stream is None:
-            batches = [batch.to(self._device) for batch in data.micro_batches]
-            moved = [one.map(lambda tensor: tensor.to(self._device)) for one in conditions]
-            return ReadyStep(replace(data, micro_batches=batches), moved)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # None changes no stream
             batches = [batch.map(self._copy) for batch in data.micro_batches]
             moved = [one.map(self._copy) for one in conditions]
-            return ReadyStep(
-                replace(data, micro_batches=batches), moved, self._stream.record_event()
-            )
+            copied = None if self._stream is None else self._stream.record_event()
+        return ReadyStep(replace(data, micro_batches=batches), moved, copied)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """A copy on the GPU that is there once the stream has come so far."""
+        """The tensor on the device; on a GPU it is there once the stream has come so far."""
+        if self._stream is None:
+            return tensor.to(self._device)
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _await(self, step: ReadyStep) -> ReadyStep:
