@@ -1,38 +1,34 @@
 """What the presets for new students take, by plan: ``python benchmarks/presets.py``.
 
 No model is run: FLOPs and activations are counted on tensors without values (``tinyflux plan``),
-the rest follows from formulas. Students without experts, in bfloat16, 8 samples at once, on one
-worker at ZeRO 1. Prints JSON.
+the rest follows from formulas. Students of ``configs/one_gpu.yaml``, which have no experts, with 8
+samples at once. Prints JSON.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
 from record import add_json_option, record
 
-from tinyflux.config import RunConfig
-from tinyflux.distributed.config import ClusterConfig, WorkersConfig
-from tinyflux.model.config import preset
+from tinyflux.config import RunConfig, parse_run_config
 from tinyflux.plan.plan import make_plan
 
+ROOT = Path(__file__).resolve().parents[1]
 PRESETS, SIZES, SAMPLES = ("s", "b", "l"), (256, 512, 1024), 8
 WEIGHTS_AND_MORE = ("weights", "gradients", "master", "moments", "ema", "buffers")
 
 
 def run_of(name: str, size: int) -> RunConfig:
-    """A run of the preset on the published encoders' features."""
-    run = RunConfig(model=replace(preset(name), use_lune_expert=False, use_sol_prior=False))
-    run.data.height = run.data.width = size
-    run.trainer = replace(
-        run.trainer, dtype=torch.bfloat16, batch_size=SAMPLES, gradient_accumulation=1,
-        enable_lune=False, enable_sol=False, total_steps=1000,
+    """The run of docs/scale.md's command, with a preset and a size."""
+    return parse_run_config(
+        [
+            f"--config={ROOT / 'configs' / 'one_gpu.yaml'}", "--stages=[]", f"--preset={name}",
+            f"--data.height={size}", f"--data.width={size}", "--cluster.gpu=H100",
+            f"--trainer.batch_size={SAMPLES}", "--trainer.gradient_accumulation=1",
+        ]
     )  # fmt: skip
-    run.workers = WorkersConfig(zero_stage=1)
-    run.cluster = ClusterConfig(gpu="H100")
-    return run
 
 
 def figures(name: str) -> dict[str, Any]:

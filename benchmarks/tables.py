@@ -70,7 +70,7 @@ def shift(record: Record) -> Rows:
 
 def comparison(record: Record) -> Rows:
     """Of a ``comparison.json`` of `tinyflux compare`: what each arm changes."""
-    yield "", "base", "at equal steps", "at equal wall clock"
+    yield "", "last value of the other arm", "at equal steps", "at equal wall clock"
     for made in record["comparisons"]:
         last = [trial["curves"][made["metric"]]["values"][-1] for trial in record["trials"]
                 if trial["arm"] == made["to"]]  # fmt: skip
@@ -103,8 +103,8 @@ TABLES: dict[str, Callable[[Record], Rows]] = {
 
 def table(name: str) -> str:
     """The table of a record, as Markdown."""
-    file = next(place for place in (RESULTS, COMPARISONS) if (place / f"{name}.json").is_file())
-    record = json.loads((file / f"{name}.json").read_text())
+    files = (place / f"{name}.json" for place in (RESULTS, COMPARISONS))
+    record = json.loads(next(file for file in files if file.is_file()).read_text())
     head, *rows = TABLES[name](record)
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
