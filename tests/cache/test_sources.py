@@ -21,6 +21,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import fs
 
+from tests.fixtures.sources import (
+    CLEAN,
+    FORMATS,
+    MASK,
+    PICTURES,
+    as_metadata_jsonl,
+    as_parquet,
+    as_tar,
+    as_text_files,
+    encoded,
+)
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.sources import (
     choose_size,
@@ -38,60 +49,6 @@ from tinyflux.cache.sources.splits import SourceSplit
 from tinyflux.errors import ConfigError, InputError
 
 LIMIT = 10_000_000
-CAPTIONS = {"a": ["red"], "b": ["a  blue\nsquare", "second"], "c": ["grün"]}
-CLEAN = {"a": ("red",), "b": ("a blue square", "second"), "c": ("grün",)}
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-PICTURES = {name: encoded(Image.new("RGB", (6, 4), (index * 40, 9, 9)))
-            for index, name in enumerate(CAPTIONS)}  # fmt: skip
-MASK = encoded(Image.new("L", (6, 4), 200))
-
-
-def as_metadata_jsonl():
-    lines = [json.dumps({"file_name": f"{n}.png", "text": CAPTIONS[n]}) for n in PICTURES]
-    files = {f"in/{name}.png": data for name, data in PICTURES.items()}
-    return {**files, "in/metadata.jsonl": "\n".join(lines).encode(), "in/a.mask.png": MASK}
-
-
-def as_text_files():
-    files = {f"{name}.png": data for name, data in PICTURES.items()}
-    texts = {f"{name}.txt": "\n".join(c.replace("\n", " ") for c in CAPTIONS[name]).encode()
-             for name in PICTURES}  # fmt: skip
-    return {**files, **texts, "a.mask.png": MASK, ".hidden.png": b"no", "notes.md": b"no"}
-
-
-def as_tar():
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in PICTURES.items():
-            members = {"png": data, "json": json.dumps({"text": CAPTIONS[name]}).encode()}
-            if name == "a":
-                members["mask.png"] = MASK
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"x/{name}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return {"train-0.tar": buffer.getvalue()}
-
-
-def as_parquet():
-    rows = [
-        {"image": {"bytes": data, "path": f"{name}.png"}, "text": CAPTIONS[name],
-         "mask": {"bytes": MASK, "path": None} if name == "a" else None}
-        for name, data in PICTURES.items()
-    ]  # fmt: skip
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=2)
-    return {"data/train.parquet": buffer.getvalue()}
-
-
-FORMATS = {f.__name__[3:]: f for f in (as_metadata_jsonl, as_text_files, as_tar, as_parquet)}
 
 
 def write(files, root):

@@ -21,7 +21,8 @@ class DataConfig:
             with a ``.txt`` caption of the same name beside each or a ``metadata.jsonl`` or
             ``metadata.csv`` as Hugging Face's ImageFolder has it; or WebDataset ``.tar`` files; or
             Parquet files with the pictures' bytes, as the Hub stores them. One such file will do,
-            and so will a pattern such as ``shards/train-*.tar``.
+            and so will a pattern such as ``shards/train-*.tar``. ``hf://datasets/OWNER/NAME``, with
+            ``@REVISION`` if wanted, is a data set on the Hugging Face Hub.
         format: ``"folder"``, ``"webdataset"`` or ``"parquet"``; ``"auto"`` looks what is there.
         image_key: The pictures' column in Parquet files.
         caption_key: Where captions are in metadata files, in a tar's ``.json`` members and in

@@ -10,6 +10,7 @@ from tinyflux.cache.encode import ShardEncoder
 from tinyflux.cache.extract import extractor_for
 from tinyflux.cache.store import Store, open_store
 from tinyflux.model.config import TinyFluxConfig, ZooConfig
+from tinyflux.storage.hub import pinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,17 @@ class BuildConfigs:
     zoo: ZooConfig
     cache: CacheConfig
     model: TinyFluxConfig
+
+    @classmethod
+    def begin(
+        cls, data: DataConfig, zoo: ZooConfig, cache: CacheConfig, model: TinyFluxConfig
+    ) -> "BuildConfigs":
+        """What one job follows to its end: of a source on the Hub, the commit that is there now.
+
+        Raises:
+            InputError: the Hub cannot be asked for it.
+        """
+        return cls(dataclasses.replace(data, folder=pinned(data.folder)), zoo, cache, model)
 
     @cached_property
     def store(self) -> Store:

@@ -161,7 +161,7 @@ def _job(run: "RunConfig", local: bool) -> "tuple[BuildConfigs, Runner]":
     from tinyflux.cache.job import BuildConfigs
     from tinyflux.cache.runner import LocalRunner
 
-    configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+    configs = BuildConfigs.begin(run.data, run.zoo, run.cache, run.model)
     if local:
         return configs, LocalRunner(configs)
     from tinyflux.distributed.build import RayRunner

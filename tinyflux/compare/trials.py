@@ -52,7 +52,7 @@ def build_caches(trials: Sequence[Trial]) -> None:
     """Build each cache that trials share, once; those that a run mixes are there already."""
     runs = {trial.run.cache.path: trial.run for trial in reversed(trials) if not trial.run.mix}
     for run in runs.values():
-        configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+        configs = BuildConfigs.begin(run.data, run.zoo, run.cache, run.model)
         build(configs, RayRunner(configs))
 
 

@@ -40,7 +40,7 @@ def plan_cache(
     data: DataConfig, zoo: ZooConfig, cache: CacheConfig, model: TinyFluxConfig
 ) -> Estimate:
     """Measure a few batches on Ray; see :func:`tinyflux.cache.build.estimate`."""
-    configs = BuildConfigs(data, zoo, cache, model)
+    configs = BuildConfigs.begin(data, zoo, cache, model)
     return estimate(configs, RayRunner(configs))
 
 
@@ -48,7 +48,7 @@ def build_cache(
     data: DataConfig, zoo: ZooConfig, cache: CacheConfig, model: TinyFluxConfig
 ) -> Manifest:
     """Build the dataset at ``cache.path`` on Ray; see :func:`tinyflux.cache.build.build`."""
-    configs = BuildConfigs(data, zoo, cache, model)
+    configs = BuildConfigs.begin(data, zoo, cache, model)
     return build(configs, RayRunner(configs))
 
 

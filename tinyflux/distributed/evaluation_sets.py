@@ -4,7 +4,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.picture_column import PictureColumn
 from tinyflux.errors import InputError
 from tinyflux.evaluation.config import HELD_OUT, EvaluateConfig, EvaluationSet
+from tinyflux.storage.hub import pinned
 from tinyflux.storage.remote import open_filesystem
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ def list_file_set(chosen: EvaluationSet, count: int | None, downscale: int) -> S
     Raises:
         InputError: no file, a column that it lacks, or a picture that the model cannot draw.
     """
+    # On the Hub, the commit that is there now: what is read later is then the same.
+    chosen = replace(chosen, file=pinned(chosen.file))
     names = [chosen.image_key, chosen.caption_key, *chosen.labels, *chosen.group_by]
     try:
         system, path = open_filesystem(chosen.file)

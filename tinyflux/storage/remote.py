@@ -19,6 +19,7 @@ from pyarrow import ArrowInvalid, fs
 
 from tinyflux.errors import ConfigError, StorageError
 from tinyflux.storage.folder import Folder, LocalFolder
+from tinyflux.storage.hub import is_hub, open_hub
 from tinyflux.util.urls import check_url, is_url
 
 TRIES, FIRST_PAUSE = 5, 1.0  # each pause is twice the one before; S3's client tries, too
@@ -44,6 +45,8 @@ def open_filesystem(location: str) -> tuple[fs.FileSystem, str]:
     if not is_url(location):
         return fs.LocalFileSystem(), str(Path(location).absolute())
     check_url(location)
+    if is_hub(location):
+        return open_hub(location)
     try:
         own: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location)
         return own

@@ -12,6 +12,7 @@ from pyarrow import NativeFile, fs
 
 from tinyflux.cache.sources.walk import Found, is_below, walk
 from tinyflux.errors import ConfigError, InputError
+from tinyflux.storage.hub import content_digests
 from tinyflux.storage.remote import open_filesystem
 
 _WILDCARD = re.compile(r"[*?[]")
@@ -54,10 +55,12 @@ class Place:
             raise InputError(f"'{self.root}' cannot be listed: {error!s:.200}") from error
 
     def _listed(self) -> Iterator[tuple[str, Found]]:
+        digests = content_digests(self.system, self.root)
         for info in self.system.get_file_info(fs.FileSelector(self.root, recursive=True)):
             if info.is_file:
                 path = info.path[len(self.root) :].lstrip("/")
-                yield path, Found(info.size, info.mtime_ns or 0)
+                version = digests.get(info.path, info.mtime_ns or 0)
+                yield path, Found(info.size, version)
 
     def _includes(self, path: str, found: Found) -> bool:
         if found.directory:

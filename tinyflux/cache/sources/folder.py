@@ -20,7 +20,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[dict[str, Any]]]:
-    """Neighbouring pictures, each with the files that belong to it and their sizes and times.
+    """Neighbouring pictures, each with the files that belong to it and their sizes and versions.
 
     Where one of these leads out of the folder, ``outside`` names it; a link to another folder
     stands for the pictures in that.
@@ -31,7 +31,7 @@ def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[dict[str, 
 
     def stamp(path: str) -> list[Any]:
         info = files[path]
-        return [path, info.size, info.mtime_ns]
+        return [path, info.size, info.version]
 
     part: list[dict[str, Any]] = []
     for path in files:

@@ -30,7 +30,7 @@ def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[Any]]:
         except OSError as error:
             raise unreadable(path, error) from error
         for group in range(groups):
-            yield [path, info.size, info.mtime_ns, group]
+            yield [path, info.size, info.version, group]
 
 
 def _open(place: Place, path: str) -> pq.ParquetFile:

@@ -20,7 +20,7 @@ class SourceSplit:
 
     Attributes:
         kind: format of the source.
-        part: JSON; what is in the unit, with the sizes and times of its files.
+        part: JSON; what is in the unit, with the sizes and versions of its files.
     """
 
     kind: str

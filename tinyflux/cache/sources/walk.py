@@ -17,13 +17,14 @@ class Found:
 
     Attributes:
         size: in bytes.
-        mtime_ns: 0 where the storage knows none.
-        outside: it is a link that leads out of bounds; its size and time are 0.
+        version: changes with the content: the time of the last change in nanoseconds, 0 where the
+            storage knows none, or a digest where it knows that.
+        outside: it is a link that leads out of bounds; its size and version are 0.
         directory: it is a link to a directory.
     """
 
     size: int = 0
-    mtime_ns: int = 0
+    version: int | str = 0
     outside: bool = False
     directory: bool = False
 

@@ -25,7 +25,7 @@ def parts(data: DataConfig, files: dict[str, Found]) -> Iterator[list[Any]]:
         InputError: a link that leads out of the folder.
     """
     for path, info in files_of(files, ".tar"):
-        yield [path, info.size, info.mtime_ns]
+        yield [path, info.size, info.version]
 
 
 def read(data: DataConfig, part: list[Any]) -> Iterator[RawPicture]:
