@@ -33,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from record import add_json_option, record
 from safetensors.torch import load_file, save
@@ -101,8 +102,9 @@ class OtherCaptions(CacheMixture):
         indices: Sequence[int],
         as_stored: bool = False,
         groups: Collection[str] = tuple(GROUPS),
+        draws: np.ndarray | None = None,
     ) -> dict[str, Tensor]:
-        rows = super().read(indices, as_stored, groups)
+        rows = super().read(indices, as_stored, groups, draws)
         others = self._row_of[list(indices)].tolist()
         return {**rows, **super().read(others, as_stored, set(groups) & {"text"})}
 

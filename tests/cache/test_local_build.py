@@ -16,7 +16,7 @@ from tests.fixtures.caches import CAPTIONS
 from tests.fixtures.waiting import PATIENCE, wait_for
 from tests.fixtures.worlds import make_world, student_config, write_pictures, zoo_config
 from tinyflux.cache.build import build
-from tinyflux.cache.config import CacheConfig, DataConfig
+from tinyflux.cache.config import CacheConfig, DataConfig, VariantsConfig
 from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.runner import LocalRunner
 from tinyflux.config import RunConfig, save_run_config
@@ -37,7 +37,9 @@ def run(tmp_path_factory):
     write_pictures(folder / "pictures", CAPTIONS)
     torch.set_num_threads(1)
     return RunConfig(
-        data=DataConfig(str(folder / "pictures"), height=16, width=16),
+        data=DataConfig(
+            str(folder / "pictures"), height=16, width=16, variants=VariantsConfig(flips=True)
+        ),
         zoo=zoo_config(make_world(folder / "world")),
         cache=CacheConfig(rows_per_shard=4, batch_size=3),
         model=student_config(),

@@ -29,9 +29,9 @@ class NotedMixture(CacheMixture):
         self.all_keys = {row: key for key, row in self.smallest_keys(everything, len(self))}
         self.read_keys = []
 
-    def read(self, indices, as_stored=False, groups=tuple(GROUPS)):
+    def read(self, indices, as_stored=False, groups=tuple(GROUPS), draws=None):
         self.read_keys += [self.all_keys[row] for row in indices]
-        return super().read(indices, as_stored, groups)
+        return super().read(indices, as_stored, groups, draws)
 
 
 def reader_of(data, fraction=0.2):

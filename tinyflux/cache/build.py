@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ from tinyflux.cache.schema import ROWS
 from tinyflux.cache.sources import SourceSplit, list_splits
 from tinyflux.cache.store import Store
 from tinyflux.cache.tasks import Receipts, describe_tasks, read_receipts
+from tinyflux.cache.variants import with_variants
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.util.config import to_dict
 
@@ -113,13 +114,14 @@ def _planned(configs: BuildConfigs, runner: Runner) -> Iterator[Plan]:
     try:
         with claim(store):
             models = _index_and_look_at_models(configs, runner, splits)
+            recipe = with_variants(models.recipe, data.variants, configs.cache.seed)
             rejected = Rejected()
             index = (read_index(store, data, split) for split in splits)
             size = configs.cache.rows_per_shard
             shards = list(plan_shards(store, data, index, size, rejected))
             if not shards:
                 check_rejected(data, len(rejected.rows), rejected)
-            yield Plan(splits, models, shards, rejected)
+            yield Plan(splits, replace(models, recipe=recipe), shards, rejected)
     except OSError as error:
         raise CacheError(
             f"the cache at '{store.location}' cannot be written ({error}): mend that, and run the "

@@ -1,6 +1,6 @@
 """The ``data``, ``cache`` and ``mix`` sections of a run file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tinyflux.errors import ConfigError
 from tinyflux.util.config import nearest
@@ -10,6 +10,30 @@ RESIZES = ("error", "crop", "bucket")
 LONG_CAPTIONS = ("cut", "reject")
 # A page holds at most 2**31 bytes, and pyarrow starts a new one after 20,000 rows.
 MAX_ROWS_PER_SHARD = 16384
+
+
+@dataclass
+class VariantsConfig:
+    """Other views of each picture, encoded once each; a training position takes one of them all.
+
+    Attributes:
+        flips: Keep the mirror image, too, of the picture and of each crop; not for pictures with
+            writing, nor for captions that tell left from right.
+        crops: Number of random crops of each picture that are kept beside the whole one.
+        min_crop: The smallest crop's sides, as a share of the whole's; each crop draws its share
+            from here to 1.
+    """
+
+    flips: bool = False
+    crops: int = 0
+    min_crop: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.crops < 0 or not 0 < self.min_crop <= 1:
+            raise ConfigError(
+                f"data.variants.crops must not be negative and data.variants.min_crop above 0 and "
+                f"at most 1, not {self.crops} and {self.min_crop:g}"
+            )
 
 
 @dataclass
@@ -46,6 +70,7 @@ class DataConfig:
             long for, or ``"reject"`` the sample.
         follow_links: Read what symbolic links in ``folder`` lead to even where that is elsewhere;
             otherwise such a link is refused. ``folder`` itself may be a link.
+        variants: Mirror images and random crops that are kept beside each picture, to train on.
     """
 
     folder: str = ""
@@ -64,6 +89,7 @@ class DataConfig:
     max_pixels: int = 100_000_000
     long_captions: str = "cut"
     follow_links: bool = False
+    variants: VariantsConfig = field(default_factory=VariantsConfig)
 
     def __post_init__(self) -> None:
         choices = {"format": FORMATS, "resize": RESIZES, "long_captions": LONG_CAPTIONS}
@@ -103,7 +129,7 @@ class CacheConfig:
         batch_size: Pictures of one forward.
         rows_per_shard: The most samples that are committed together; shards are cut where their
             content says, so most are somewhat smaller.
-        seed: Seed of the noise that teachers see.
+        seed: Seed of the noise that teachers see, and of random crops.
     """
 
     path: str = ""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest
+from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest, ShardInfo
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import SHARD_FOLDER, ShardReader, read_null_text
 from tinyflux.cache.store import open_store
@@ -108,11 +108,14 @@ class CachedDataset:
         indices: Sequence[int],
         as_stored: bool = False,
         groups: Collection[str] = tuple(GROUPS),
+        draws: np.ndarray | None = None,
     ) -> dict[str, Tensor]:
         """Rows as fp32 tensors, or ``as_stored`` ones, in the order asked for.
 
         Args:
             groups: of columns, to read no others (see ``tinyflux.cache.schema``).
+            draws: ``[B]`` from 0 to below 1, which decide on one of the picture's variants for
+                each row; None reads the plain one.
 
         Returns:
             ``latents`` ``[B, C, h, w]``, ``t5_embeds`` ``[B, L, D]``, ``clip_pooled`` ``[B, P]``
@@ -126,23 +129,31 @@ class CachedDataset:
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise CacheError(f"the cache '{self.path}' has rows 0 to {len(self) - 1} only")
         shard_of = np.searchsorted(self._ends, wanted, side="right")
-        result: dict[str, Tensor] = {}
-        numbers = np.unique(shard_of)
+        variants, variant_of = self.manifest.variants, np.zeros(len(wanted), np.int64)
+        if draws is not None:
+            last = len(variants) - 1
+            variant_of = np.minimum(np.floor(draws * len(variants)), last).astype(np.int64)
+        parts = []
+        for number in np.unique(shard_of).tolist():
+            inside = shard_of == number
+            for variant in np.unique(variant_of[inside]).tolist():
+                places = np.nonzero(inside & (variant_of == variant))[0]
+                shard = self.manifest.shards[number]
+                chosen = list(_files_of(shard, variants[variant], groups))
+                parts.append((number, places, chosen))
         self._reader.open(
-            [file for number in numbers
-             for group, file in self.manifest.shards[number].files.items()
-             if group != ROWS and group in groups]
+            [self.manifest.shards[number].files[group]
+             for number, _, chosen in parts for _, group in chosen]
         )  # fmt: skip
-        for number in numbers:
+        result: dict[str, Tensor] = {}
+        for number, places, chosen in parts:
             shard = self.manifest.shards[number]
-            places = np.nonzero(shard_of == number)[0]
             rows = wanted[places] - (self._ends[number] - shard.samples)
             if shard.dropped:
                 rows = np.delete(np.arange(shard.rows), shard.dropped)[rows]
-            for group, file in shard.files.items():
-                for column in GROUPS[group]:
-                    if group == ROWS or group not in groups or column not in file.columns:
-                        continue
+            for names, group in chosen:
+                file = shard.files[group]
+                for column in (name for name in names if name in file.columns):
                     layout = file.columns[column]
                     if column not in result:
                         dtype = parse_dtype(layout.dtype)
@@ -195,6 +206,18 @@ class CachedDataset:
                     f"the cache '{self.path}' holds {column} of width {layout.shape[axis]}, "
                     f"model.{field} is {getattr(model, field)}"
                 )
+
+
+def _files_of(
+    shard: ShardInfo, variant: str, groups: Collection[str]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The files of a shard that hold a variant of its pictures: their columns, and their group."""
+    for group in shard.files:
+        if (
+            group != ROWS and group in groups
+        ):  # of the plain one: the others' have names of their own
+            other = f"{group}-{variant}"
+            yield GROUPS[group], other if other in shard.files else group
 
 
 def _show(value: object) -> object:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,18 +12,17 @@ from torch import Tensor
 
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.extract import Extractor, Sample
-from tinyflux.cache.keys import Size, content_keys, digest_of
+from tinyflux.cache.keys import Size, base_of, content_keys, digest_of, variant_of
 from tinyflux.cache.partition import read_rows
 from tinyflux.cache.receipts import Receipt, group_path
 from tinyflux.cache.reuse import CONTENT_COLUMNS, Reused, batches
 from tinyflux.cache.rows import Row
-from tinyflux.cache.schema import GROUPS
+from tinyflux.cache.schema import PIXEL_GROUPS, column_names
 from tinyflux.cache.shards import ShardReader, finite_rows, write_group
-from tinyflux.cache.sources import decode_mask, decode_picture, fit_mask, fit_picture, open_pictures
+from tinyflux.cache.sources import decode_mask, decode_picture, open_pictures
 from tinyflux.cache.store import Store
+from tinyflux.cache.variants import Variant
 from tinyflux.errors import InputError
-
-NEEDS_PICTURES = ("latents", "mask", "lune", "sol")
 
 
 @dataclass(frozen=True)
@@ -92,28 +91,29 @@ class ShardEncoder:
         """Join what was computed with what was reused, write the file, then its receipt."""
         fingerprint, reused = task.fingerprints[group], task.reused[group]
         keys = [row.key for row in rows]
-        computed = {contents[row]: place for place, row in enumerate(work.made)}
+        made, columns_made = work.made(group), work.columns(group)
+        computed = {contents[row]: place for place, row in enumerate(made)}
         refused = {contents[row]: reason for row, reason in work.rejected(group).items()}
         rejected = [(row, refused[key]) for row, key in enumerate(contents) if key in refused]
         file = None
         if len(rejected) < len(keys):
             old = self._former(group, reused)
-            names = [name for name in GROUPS[group] if name in old or name in work.columns]
+            names = [name for name in column_names(group) if name in old or name in columns_made]
             columns: dict[str, Tensor] = {}
             for name in names:
-                like = old[name] if name in old else work.columns[name]
+                like = old[name] if name in old else columns_made[name]
                 columns[name] = like.new_zeros(len(keys), *like.shape[1:])
                 if old:
                     columns[name][torch.tensor([row for row, _, _ in reused.rows])] = old[name]
                 new = [(row, computed[k]) for row, k in enumerate(contents) if k in computed]
                 if new:
                     targets, places = (torch.tensor(side) for side in zip(*new, strict=True))
-                    columns[name][targets] = work.columns[name][places]
+                    columns[name][targets] = columns_made[name][places]
                 columns[name][[row for row, _ in rejected]] = 0
             path = group_path(task.name, group, fingerprint)
             file = write_group(self._store, path, keys, columns, self._trim)
         receipt = Receipt(
-            task.name, group, fingerprint, len(keys), task.size, file, rejected, len(work.made),
+            task.name, group, fingerprint, len(keys), task.size, file, rejected, len(made),
             round(seconds, 3), self._cut([row.caption for row in rows]) if group == "text" else "",
         )  # fmt: skip
         receipt.save(self._store)
@@ -129,7 +129,7 @@ class ShardEncoder:
             return {}
         reader, found = ShardReader(self._store), {}
         there_are = reused.shards[0].files[group].columns
-        for name in (name for name in GROUPS[group] if name in there_are):
+        for name in (name for name in column_names(group) if name in there_are):
             parts: list[Tensor | None] = [None] * len(reused.rows)
             for number, shard in enumerate(reused.shards):
                 places = [at for at, (_, which, _) in enumerate(reused.rows) if which == number]
@@ -141,11 +141,30 @@ class ShardEncoder:
         return found
 
 
+@dataclass
+class _Encoded:
+    """What is made of one variant of a shard's pictures.
+
+    Attributes:
+        groups: wanted, by the plain variant's names.
+        made: rows in the order of ``columns``.
+        refused: rows that cannot be encoded, with the reason.
+    """
+
+    groups: list[str] = field(default_factory=list)
+    made: list[int] = field(default_factory=list)
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def columns(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
 class ShardWork:
     """Rows of a shard on their way through the models.
 
-    Attributes:
-        made: rows in the order of ``columns``.
+    A picture is read once for all of its variants.
     """
 
     def __init__(
@@ -156,26 +175,29 @@ class ShardWork:
         size: Size,
         groups: Sequence[str],
     ):
-        self._extractor, self._data, self._rows = extractor, data, rows
-        self._size, self._groups = size, groups
-        self.made: list[int] = []
-        self._parts: dict[str, list[Tensor]] = {}
-        self._refused: dict[int, str] = {}
+        self._extractor, self._data, self._rows, self._size = extractor, data, rows, size
+        self._encoded: dict[str, _Encoded] = {}
+        for group in groups:
+            self._encoded.setdefault(variant_of(group), _Encoded()).groups.append(base_of(group))
+        self._groups = {base_of(group) for group in groups}
 
-    @cached_property
-    def columns(self) -> dict[str, Tensor]:
+    def made(self, group: str) -> list[int]:
+        """Rows in the order of :meth:`columns`."""
+        return self._encoded[variant_of(group)].made
+
+    def columns(self, group: str) -> dict[str, Tensor]:
         """By name, ``[len(made), ...]`` fp16; after the last row was added."""
-        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+        found = self._encoded[variant_of(group)].columns
+        return {name: found[name] for name in column_names(group) if name in found}
 
     def rejected(self, group: str) -> dict[int, str]:
         """Rows that cannot be used, with the reason."""
-        found = dict(self._refused)
-        for name in GROUPS[group]:
-            if name in self.columns:
-                fine = finite_rows(self.columns[name])
-                for row, good in zip(self.made, fine.tolist(), strict=True):
-                    if not good:
-                        found[row] = f"{name} is not finite in float16"
+        found = dict(self._encoded[variant_of(group)].refused)
+        for name, column in self.columns(group).items():
+            fine = finite_rows(column)
+            for row, good in zip(self.made(group), fine.tolist(), strict=True):
+                if not good:
+                    found[row] = f"{name} is not finite in float16"
         return found
 
     def add(self, batch: list[int]) -> None:
@@ -184,34 +206,36 @@ class ShardWork:
         Raises:
             InputError: a picture is not what it was when it was indexed.
         """
-        pictures = self._pictures(batch) if set(self._groups) & set(NEEDS_PICTURES) else {}
-        chosen = {row: self._rows[row] for row in batch}
-        self._encode(
-            [
-                (row, Sample(sample.key, sample.caption, *pictures.get(row, ())))
-                for row, sample in chosen.items()
+        pictures = self._pictures(batch) if self._groups & set(PIXEL_GROUPS) else {}
+        for name, into in self._encoded.items():
+            key = Variant.named(name).key
+            samples = [
+                (row, Sample(key(sample.key), sample.caption, *pictures.get((row, name), ())))
+                for row, sample in ((row, self._rows[row]) for row in batch)
             ]
-        )
+            self._encode(into, samples)
 
-    def _encode(self, samples: list[tuple[int, Sample]]) -> None:
+    def _encode(self, into: _Encoded, samples: list[tuple[int, Sample]]) -> None:
         if not samples:
             return
         try:
-            columns = self._extractor.columns(self._groups, [sample for _, sample in samples])
+            columns = self._extractor.columns(into.groups, [sample for _, sample in samples])
         except InputError as error:  # such as a size that a VAE cannot halve
             if len(samples) == 1:
-                self._refused[samples[0][0]] = str(error)
+                into.refused[samples[0][0]] = str(error)
             else:
                 for sample in samples:
-                    self._encode([sample])
+                    self._encode(into, [sample])
             return
-        self.made += [row for row, _ in samples]
+        into.made += [row for row, _ in samples]
         for name, rows in columns.items():
-            self._parts.setdefault(name, []).append(rows)
+            into.parts.setdefault(name, []).append(rows)
 
-    def _pictures(self, batch: list[int]) -> dict[int, tuple[Image.Image, Image.Image | None]]:
-        """Picture and mask of each row, at the shard's size."""
-        rows, most, found = self._rows, self._data.max_pixels, {}
+    def _pictures(
+        self, batch: list[int]
+    ) -> dict[tuple[int, str], tuple[Image.Image, Image.Image | None]]:
+        """Picture and mask of each row and variant, at the shard's size."""
+        rows, size, most, found = self._rows, self._size, self._data.max_pixels, {}
         masked = [row for row in batch if "mask" in self._groups and rows[row].mask_locator]
         masks = dict(
             self._contents(masked, lambda row: row.mask_locator, lambda row: row.mask_picture)
@@ -221,8 +245,14 @@ class ShardWork:
             name, mask = rows[row].source, None
             image = decode_picture(content, name, most)
             if row in masks:
-                mask = fit_mask(decode_mask(masks[row], name, image.size, most), self._size)
-            found[row] = (fit_picture(image, self._size), mask)
+                mask = decode_mask(masks[row], name, image.size, most)
+            for variant_name in self._encoded:
+                variant = Variant.named(variant_name)
+                box = variant.box(
+                    rows[row].picture, image.size, size, self._data.variants, self._extractor.seed
+                )
+                shown = None if mask is None else variant.mask(mask, size, box)
+                found[row, variant_name] = variant.picture(image, size, box), shown
         return found
 
     def _contents(

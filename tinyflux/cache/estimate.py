@@ -12,7 +12,7 @@ import torch
 from tinyflux.cache.config import DataConfig
 from tinyflux.cache.encode import ShardWork
 from tinyflux.cache.extract import Extractor
-from tinyflux.cache.keys import Size
+from tinyflux.cache.keys import Size, base_of
 from tinyflux.cache.receipts import Receipt
 from tinyflux.cache.rows import Row
 from tinyflux.cache.shards import SHARD_FOLDER, write_group
@@ -71,7 +71,7 @@ class Estimate:
 
     def bytes(self, group: str) -> float:
         """Of a column group; only latents and masks grow with a picture's size."""
-        count = self.weighted_samples if group in ("latents", "mask") else self.samples
+        count = self.weighted_samples if base_of(group) in ("latents", "mask") else self.samples
         cost = self.cost
         return cost.bytes_per_sample[group] * count + cost.bytes_per_shard[group] * self.shards
 
@@ -83,19 +83,21 @@ class Estimate:
 
     def __str__(self) -> str:
         cost = self.cost
+        width = max(10, *(len(group) + 1 for group in cost.seconds_per_sample))
         lines = [
             f"{self.samples} samples in {self.shards} shards; measured at "
             f"{self.measured[0]} x {self.measured[1]} pixels",
-            f"{'group':10}{'MiB':>12}{'KiB a sample':>15}{'s a sample, alone':>20}",
+            f"{'group':{width}}{'MiB':>12}{'KiB a sample':>15}{'s a sample, alone':>20}",
         ]
         for group, seconds in cost.seconds_per_sample.items():
             size = self.bytes(group)
             lines.append(
-                f"{group:10}{size / 2**20:12.1f}{size / self.samples / 1024:15.2f}{seconds:20.4f}"
+                f"{group:{width}}{size / 2**20:12.1f}{size / self.samples / 1024:15.2f}"
+                f"{seconds:20.4f}"
             )
         total = sum(self.bytes(group) for group in cost.seconds_per_sample)
         lines += [
-            f"{'together':10}{total / 2**20:12.1f}{total / self.samples / 1024:15.2f}"
+            f"{'together':{width}}{total / 2**20:12.1f}{total / self.samples / 1024:15.2f}"
             f"{cost.seconds_together:20.4f}",
             "together is less than the sum: alone, each reads the pictures for itself",
             f"{duration(3600 * self.hours)} with {self.actors} actors, "
@@ -139,7 +141,9 @@ def measure(
         for group, (work, _) in alone.items():
             sizes = {}
             for times in (1, 3):
-                columns = {name: torch.cat([part] * times) for name, part in work.columns.items()}
+                columns = {
+                    name: torch.cat([part] * times) for name, part in work.columns(group).items()
+                }
                 keys = [f"{row:032x}" for row in range(len(next(iter(columns.values()))))]
                 path = f"{SHARD_FOLDER}/{group}.{times}.parquet"
                 sizes[len(keys)] = write_group(LocalStore(folder), path, keys, columns, True).bytes
@@ -164,10 +168,11 @@ def compare(estimate: Estimate, sizes: Mapping[str, int], receipts: Iterable[Rec
     spent: dict[str, float] = {}
     for receipt in receipts:
         spent[receipt.group] = spent.get(receipt.group, 0.0) + receipt.seconds
-    lines = [f"{'group':10}{'planned MiB':>13}{'actual MiB':>12}"]
+    width = max(10, *(len(group) + 1 for group in estimate.cost.seconds_per_sample))
+    lines = [f"{'group':{width}}{'planned MiB':>13}{'actual MiB':>12}"]
     for group in estimate.cost.seconds_per_sample:
         actual = sizes.get(group, 0) / 2**20
-        lines.append(f"{group:10}{estimate.bytes(group) / 2**20:13.2f}{actual:12.2f}")
+        lines.append(f"{group:{width}}{estimate.bytes(group) / 2**20:13.2f}{actual:12.2f}")
     planned = estimate.cost.seconds_together * estimate.weighted_samples
     lines.append(f"actors' seconds: planned {planned:.0f}, actual {sum(spent.values()):.0f}")
     return "\n".join(lines)

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.keys import variant_of
 from tinyflux.cache.manifest import ShardInfo
-from tinyflux.cache.schema import GROUPS, KEY, ROWS
+from tinyflux.cache.schema import GROUPS, KEY, ROWS, column_names
 from tinyflux.cache.shards import ShardReader
 from tinyflux.cache.store import Store, open_store
 from tinyflux.errors import CacheError
@@ -21,7 +22,8 @@ def export(location: str, output: Path) -> int:
     """Write one file per shard to the new directory ``output``; it appears when it is whole.
 
     Each tensor is a fixed-size list of its dtype; its shape stands in the field's metadata as
-    ``shape``. Text is padded with zeros to its full length.
+    ``shape``. Text is padded with zeros to its full length. Another variant's columns have its
+    name behind theirs, as ``latents-flip``.
 
     Returns:
         The number of rows.
@@ -53,10 +55,12 @@ def _table(store: Store, shard: ShardInfo) -> pa.Table:
     names = [KEY, *(name for name in GROUPS[ROWS] if name in first.column_names)]
     table = first.select(names).take(pa.array(kept))
     for group, file in shard.files.items():
-        for name in (name for name in GROUPS[group] if name in file.columns):
+        variant = variant_of(group)
+        for name in (name for name in column_names(group) if name in file.columns):
             rows = reader.tensor(shard, group, name, kept)
             flat = rows.flatten(1).numpy()
             values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+            shown = f"{name}-{variant}" if variant else name
             shape = {"shape": str(list(rows.shape[1:])), "dtype": dtype_name(rows.dtype)}
-            table = table.append_column(pa.field(name, values.type, metadata=shape), values)
+            table = table.append_column(pa.field(shown, values.type, metadata=shape), values)
     return table

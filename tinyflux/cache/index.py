@@ -21,7 +21,7 @@ INDEX_FOLDER = "index"
 # Settings that say what to do with a picture once it has been read.
 _LATER = (
     "folder", "height", "width", "resize", "areas", "step", "max_aspect", "max_rejected",
-    "long_captions",
+    "long_captions", "variants",
     "follow_links",  # a unit's own digest says which links are followed
 )  # fmt: skip
 

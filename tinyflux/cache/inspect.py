@@ -45,6 +45,8 @@ def describe(manifest: Manifest) -> str:
             _, height, width = shard.files["latents"].columns["latents"].shape
             grids[f"{width} x {height}"] += shard.samples
     lines += [f"latents of {grid}: {count} rows" for grid, count in grids.most_common()]
+    if len(manifest.variants) > 1:
+        lines.append(f"variants of each picture: plain, {', '.join(manifest.variants[1:])}")
     lines.append("")
     recipe = manifest.recipe
     for name in ("seed", "t_buckets", "t5_layers", "max_text_length", "text_padding"):
@@ -83,12 +85,17 @@ def write_page(location: str, path: Path, samples: int, device: str) -> None:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int))
     figures = []
     for row in chosen.tolist():
-        columns = dataset.read([row])
-        pixels = zoo.decode_latents(columns["latents"])[0].permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
+        columns, count = dataset.read([row]), len(manifest.variants)
+        pictures = []
+        for variant in range(count):
+            draw = np.array([(variant + 0.5) / count])
+            latents = dataset.read([row], groups=("latents",), draws=draw)["latents"]
+            pixels = zoo.decode_latents(latents)[0].permute(1, 2, 0).cpu().numpy()
+            pictures.append(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+        picture = pictures[0]
         about = f"<b>{html.escape(captions[row])}</b><br>{html.escape(sources[row])}, "
         about += f"{picture.width} x {picture.height}<br>{keys[row][:12]}"
-        tags = [_image(picture)]
+        tags = [_image(shown) for shown in pictures]
         if "sol_spatial" in columns:
             maps = columns["sol_spatial"][0].mean(0)
             grey = (maps / maps.max() * 255).round().byte().numpy()
@@ -99,8 +106,8 @@ def write_page(location: str, path: Path, samples: int, device: str) -> None:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>{html.escape(manifest.name)}</title><style>{_STYLE}</style>
 <h1>{html.escape(manifest.name)}</h1>
-<p>{len(figures)} of {len(dataset)} samples, decoded from their latents; below each, where Sol's
-attention goes, over all times.</p>
+<p>{len(figures)} of {len(dataset)} samples, decoded from their latents, every variant of each;
+below each, where Sol's attention goes, over all times.</p>
 {"".join(figures)}
 <pre>{html.escape(describe(manifest))}</pre></html>
 """

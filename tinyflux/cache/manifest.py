@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyflux.cache.keys import digest_of
+from tinyflux.cache.keys import digest_of, variant_of
 from tinyflux.cache.schema import FORMAT_VERSION, Layout
 from tinyflux.errors import CacheError, ConfigError
 from tinyflux.storage.folder import Folder
@@ -150,6 +150,11 @@ class Manifest:
     def groups(self) -> tuple[str, ...]:
         """Names of the column groups that every shard has."""
         return tuple(self.shards[0].files)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants that each picture has, the plain one's (empty) first."""
+        return tuple(dict.fromkeys(["", *map(variant_of, self.groups)]))
 
     @property
     def files(self) -> list[FileInfo]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tinyflux.cache.keys import base_of
 from tinyflux.cache.rows import Row
 from tinyflux.util.config import dtype_name
 
@@ -30,6 +31,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "lune": ("lune",),
     "sol": ("sol_stats", "sol_spatial"),
 }
+# What is made of a picture's pixels, and so again of each of its variants.
+PIXEL_GROUPS = ("latents", "mask", "lune", "sol")
 TOKENS = "t5_length"  # beside a text column that drops padding
 
 SHAPE_FIELD, DTYPE_FIELD = b"tinyflux.shape", b"tinyflux.dtype"
@@ -100,6 +103,11 @@ def plain_column(name: str, values: Sequence[str] | Sequence[int]) -> tuple[pa.F
     """A column of strings or of whole numbers."""
     kind = pa.string() if isinstance(values[0], str) else pa.int32()
     return pa.field(name, kind, nullable=False), pa.array(values, kind)
+
+
+def column_names(group: str) -> tuple[str, ...]:
+    """The columns that ``group`` may have, those of another variant named as the plain one's."""
+    return GROUPS[base_of(group)]
 
 
 def columns_of(group: str, columns: Mapping[str, Column]) -> dict[str, Column]:

@@ -62,6 +62,11 @@ class CacheMixture:
             for grid, run in self.caches[source].grids()
         ]
 
+    @property
+    def has_variants(self) -> bool:
+        """Whether pictures of some cache have other variants than the plain one."""
+        return any(len(cache.manifest.variants) > 1 for cache in self.caches)
+
     def sizes(self) -> int:
         """How many heights and widths of latents there are."""
         return len({grid for index in range(len(self.caches)) for grid, _ in self.grids(index)})
@@ -92,6 +97,7 @@ class CacheMixture:
         indices: Sequence[int],
         as_stored: bool = False,
         groups: Collection[str] = tuple(GROUPS),
+        draws: np.ndarray | None = None,
     ) -> dict[str, Tensor]:
         """Rows as :meth:`CachedDataset.read` gives them.
 
@@ -100,7 +106,7 @@ class CacheMixture:
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(self.caches) == 1:
-            return self.caches[0].read(wanted.tolist(), as_stored, groups)
+            return self.caches[0].read(wanted.tolist(), as_stored, groups, draws)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise CacheError(f"the caches have rows 0 to {len(self) - 1} only")
         source_of = np.searchsorted(self._ends, wanted, side="right")
@@ -108,7 +114,8 @@ class CacheMixture:
         for source in np.unique(source_of):
             places = np.nonzero(source_of == source)[0]
             rows = wanted[places] - self.rows_of(int(source)).start
-            found = self.caches[source].read(rows.tolist(), as_stored, groups)
+            own = None if draws is None else draws[places]
+            found = self.caches[source].read(rows.tolist(), as_stored, groups, own)
             parts.append((torch.from_numpy(places), found))
         return _joined(parts, len(wanted))
 

@@ -145,6 +145,13 @@ def deal(position: int, shares: Sequence[int]) -> tuple[int, int]:
     return len(shares) - 1, position
 
 
+def variant_draws(seed: int, positions: range) -> np.ndarray:
+    """What decides on the variant of the picture at each position, ``[n]`` from 0 to below 1."""
+    sources = (generator(seed, "variant", position) for position in positions)
+    draws = [torch.rand((), dtype=torch.float64, generator=source).item() for source in sources]
+    return np.array(draws)
+
+
 def cut(whole: range, parts: int) -> list[range]:
     """``whole`` in so many neighbouring parts, the first ones longer by one where need be."""
     size, longer = divmod(len(whole), parts)

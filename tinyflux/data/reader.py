@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinyflux.data.batches import HeldOut, Place, StepData, TrainBatch
 from tinyflux.data.mixture import CacheMixture
-from tinyflux.data.order import Rows, SampleOrder, Stream, cut
+from tinyflux.data.order import Rows, SampleOrder, Stream, cut, variant_draws
 
 # More held-out samples would cost time and hardly sharpen the figure: each counts at 8 times.
 MAX_HELD_OUT = 256
@@ -42,6 +42,7 @@ class StepReader:
         seed: int = 0,
     ):
         self._data, self._batch_size, self._accumulation = data, batch_size, accumulation
+        self._seed = seed
         self._order = order_of(data, held_out, batch_size, seed)
 
     @property
@@ -63,10 +64,7 @@ class StepReader:
         while True:
             whole = range(samples_seen, samples_seen + self._batch_size)
             mine = cut(whole, world)[rank]
-            batch = TrainBatch.from_dict(
-                self._data.read(self._order.rows(mine), as_stored=True),
-                torch.arange(mine.start, mine.stop),
-            )
+            batch = TrainBatch.from_dict(self._read(mine), torch.arange(mine.start, mine.stop))
             samples_seen = whole.stop
             yield StepData(
                 [
@@ -78,6 +76,13 @@ class StepReader:
                 epoch_batches=0,
                 size=self._batch_size,
             )
+
+    def _read(self, positions: range) -> dict[str, Tensor]:
+        """The samples at these positions of one global batch, each in one of its variants."""
+        rows = self._order.rows(positions)
+        if not self._data.has_variants:
+            return self._data.read(rows, as_stored=True)
+        return self._data.read(rows, as_stored=True, draws=variant_draws(self._seed, positions))
 
     def sol_examples(self, count: int) -> tuple[Tensor, Tensor] | None:
         """Sol's features of the first samples of a run that have them.

@@ -7,6 +7,7 @@ from itertools import islice
 
 from tinyflux.cache.config import CacheConfig, DataConfig
 from tinyflux.cache.estimate import Estimate, read_estimate
+from tinyflux.cache.keys import variant_of
 from tinyflux.cache.manifest import MANIFEST_NAME, Manifest
 from tinyflux.cache.schema import ROWS
 from tinyflux.cache.shards import SHARD_FOLDER
@@ -71,8 +72,9 @@ class CachePlan:
 
     @property
     def bytes_read(self) -> float:
-        """Bytes of a sample that training reads."""
-        return (self.total_bytes - self.bytes.get(ROWS, 0)) / self.samples
+        """Bytes of a sample that training reads, of one variant of its picture."""
+        plain = (group for group in self.bytes if group != ROWS and not variant_of(group))
+        return sum(self.bytes[group] for group in plain) / self.samples
 
 
 def plan_cache(run: RunConfig) -> CachePlan:

@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tinyflux.cache.estimate import Cost, Estimate
+from tinyflux.cache.schema import PIXEL_GROUPS
+from tinyflux.cache.variants import variants_of
 from tinyflux.config import RunConfig
 from tinyflux.errors import ConfigError
 from tinyflux.model.config import ZooConfig
@@ -74,7 +76,17 @@ def _row_bytes(run: RunConfig) -> dict[str, float]:
         row_bytes["lune"] = 2 * buckets * model.lune_expert_dim
     if run.cache.extract_sol:
         row_bytes["sol"] = 2 * buckets * (4 + SPATIAL_SIZE**2)
-    return row_bytes
+    return {**row_bytes, **_of_variants(run, row_bytes)}
+
+
+def _of_variants(run: RunConfig, plain: Mapping[str, float]) -> dict[str, float]:
+    """What the groups of pictures' other variants take, each as much as the plain one's."""
+    return {
+        f"{group}-{variant.name}": plain[group]
+        for variant in variants_of(run.data.variants)
+        for group in PIXEL_GROUPS
+        if group in plain
+    }
 
 
 def _encoding_seconds(run: RunConfig, groups: Collection[str]) -> tuple[dict[str, float], float]:
@@ -96,7 +108,9 @@ def _encoding_seconds(run: RunConfig, groups: Collection[str]) -> tuple[dict[str
     asked = {group: value for group, value in teachers.items() if group in groups}
     text = encoders.TEXT.seconds(speed)
     alone = {"latents": vae, "text": text, **{key: vae + value for key, value in asked.items()}}
-    together = vae + text + sum(asked.values()) + (vae if asked else 0.0)
+    each = vae + sum(asked.values()) + (vae if asked else 0.0)
+    together = text + each * (1 + len(variants_of(run.data.variants)))
+    alone.update(_of_variants(run, alone))
     return {group: value / share for group, value in alone.items()}, together / share
 
 

@@ -11,19 +11,22 @@ from tinyflux.util.text import duration, rounded, size
 
 def cache_lines(cache: CachePlan) -> list[str]:
     """Bytes and seconds by column group, and what building and keeping the cache takes."""
+    width = max(10, *(len(group) + 1 for group in cache.bytes))
     lines = [
         f"cache ({cache.origin}): {cache.samples:,} samples in {cache.shards:,} shards, "
         f"{cache.actors} actors on {cache.nodes} nodes",
         *([f"  {cache.note}"] if cache.note else []),
-        f"  {'group':10}{'size':>14}{'a sample':>14}{'s, alone':>12}",
+        f"  {'group':{width}}{'size':>14}{'a sample':>14}{'s, alone':>12}",
     ]
     seconds = cache.seconds_per_sample
     for group, count in cache.bytes.items():
         alone = rounded(seconds[group]) if group in seconds else ""
-        lines.append(f"  {group:10}{size(count):>14}{size(count / cache.samples):>14}{alone:>12}")
+        lines.append(
+            f"  {group:{width}}{size(count):>14}{size(count / cache.samples):>14}{alone:>12}"
+        )
     together = rounded(cache.seconds_together) if cache.seconds_together else ""
     each = size(cache.total_bytes / cache.samples)
-    lines.append(f"  {'together':10}{size(cache.total_bytes):>14}{each:>14}{together:>12}")
+    lines.append(f"  {'together':{width}}{size(cache.total_bytes):>14}{each:>14}{together:>12}")
     if len(seconds) > 1:
         lines.append(
             "  together is less than the sum: alone, each reads the pictures, and the teachers "
