@@ -10,16 +10,20 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from tests.fixtures.students import adapted
 from tests.fixtures.worlds import make_world, student_config, zoo_config
 from tinyflux.cli.main import run_job
 from tinyflux.config import RunConfig, save_run_config
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import TinyFluxError
 from tinyflux.inference.sampler import Sampler, initial_noise
+from tinyflux.model.adapters import BaseWeights, adapter_tensors, has_adapter, save_adapter
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.weights import fingerprint
 from tinyflux.pipeline.export import export, make_pipeline
 from tinyflux.pipeline.pipeline import TinyFluxPipeline
+from tinyflux.pipeline.transformer import TinyFluxTransformer
 
 # transformers and diffusers say of themselves what they will change.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -183,3 +187,33 @@ def test_mistakes_are_one_sentence(pipe, place, tmp_path, capsys):
     arguments = [str(tmp_path / "made"), "--config", str(tmp_path / "run.yaml")]
     assert run_job("export", arguments) == 0
     assert (tmp_path / "made" / "model_index.json").exists()
+
+
+def test_an_adapter_draws_unmerged_here_and_is_exported_merged(place, sampler, tmp_path):
+    student, zoo = str(place / "student"), zoo_config(place / "world")
+    model = load_model(student, device="cpu", dtype=torch.float32)
+    adapted(model, base=BaseWeights(student, fingerprint(model.state_dict())))
+    with torch.no_grad():
+        for tensor in adapter_tensors(model.state_dict()).values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    adapter = save_adapter(model, tmp_path / "adapter")
+    pipe = make_pipeline(student, zoo, adapter)
+    assert has_adapter(pipe.transformer.student)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 2.0, "latents": noise(3, 4), "output_type": "pt", **SIZE}
+    found = pipe(PROMPTS, "green", **options).images
+    plain, wanted = (
+        one.generate(PROMPTS, 5, 2.0, 4, 6, seed=3, negative_prompt="green")
+        for one in (sampler, Sampler(sampler.zoo, model, None, "cpu", torch.float32))
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert (wanted - plain).abs().max() > 1e-3
+
+    target = export(str(adapter), zoo, tmp_path / "out")
+    merged = TinyFluxTransformer.from_pretrained(target / "transformer").student
+    assert not has_adapter(merged)
+    assert merged.state_dict().keys() == sampler.model.state_dict().keys()
+    again = Sampler(sampler.zoo, merged.eval(), None, "cpu", torch.float32).generate(
+        PROMPTS, 5, 2.0, 4, 6, seed=3, negative_prompt="green"
+    )
+    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-4)

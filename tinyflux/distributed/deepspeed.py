@@ -33,6 +33,11 @@ def check_zero(config: TrainerConfig, zero_stage: int, offload: bool = False) ->
             "workers.offload needs workers.zero_stage 1, 2 or 3: stage 0 leaves the optimizer's "
             "state beside the weights"
         )
+    if config.adapter is not None:
+        raise ConfigError(
+            "trainer.adapter does not run under DeepSpeed, which would have next to nothing to "
+            "shard: set workers.engine to 'torch'"
+        )
     if config.optimizer != "adamw":
         raise ConfigError(
             f"trainer.optimizer '{config.optimizer}' does not run under DeepSpeed, which shards "

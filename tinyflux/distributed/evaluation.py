@@ -11,6 +11,7 @@ from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.trainer.adapter import fit_adapter
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.evaluation import Evaluator
 
@@ -25,6 +26,7 @@ def is_evaluated(job: TrainingJob) -> bool:
 def build_evaluator(job: TrainingJob, device: torch.device) -> Evaluator:
     """The run's evaluator, with a model and an EMA of its own and the models that it draws with."""
     model = TinyFluxDeep(job.model).to(device)
+    fit_adapter(model, job.trainer)
     ema = EMA(model, job.trainer.ema_decay)
     return build_local_evaluator(job, model, ema, job.open_data(check_files=False))
 

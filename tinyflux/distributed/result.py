@@ -10,10 +10,11 @@ from torch import Tensor
 from tinyflux import run_dir as names
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.training_job import TrainingJob
-from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, save_model
+from tinyflux.model.adapters import has_adapter, trained_on
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.storage.folder import Folder
 from tinyflux.trainer.card import model_card
+from tinyflux.trainer.checkpoint import save_student
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.upload import Uploader
@@ -47,24 +48,28 @@ def write_result(
     """Write ``final/`` from the EMA's whole weights, and upload it where the run is told to."""
     config = job.trainer
     with full_disk_ends_run(job.run_dir):
-        save_model(model, job.final, averaged)
-        beside = _describe(job, data, sum(tensor.numel() for tensor in averaged.values()))
+        files = save_student(model, job.final, averaged)
+        base = trained_on(model).name if has_adapter(model) else None
+        count = sum(tensor.numel() for tensor in averaged.values())
+        beside = _describe(job, data, count, base)
         record = {
             "step": state.step,
             "samples_seen": state.samples_seen,
             "seed": config.seed,
-            "files": {WEIGHTS_NAME: file_sha256(job.final / WEIGHTS_NAME)},
+            "files": {files[0]: file_sha256(job.final / files[0])},
             "init_from": state.init_from,
         }
         # Last of all: it says that the result is whole.
         atomic_write(job.final / names.FINAL_STATE, json.dumps(record, indent=2).encode())
     if config.hf_repo_id is not None:
         uploader = Uploader(config.hf_repo_id, job.root / ".uploads")
-        uploader.submit(job.final, "", (WEIGHTS_NAME, CONFIG_NAME, *beside))
+        uploader.submit(job.final, "", (*files, *beside))
         uploader.close()
 
 
-def _describe(job: TrainingJob, data: CacheMixture, parameters: int) -> tuple[str, ...]:
+def _describe(
+    job: TrainingJob, data: CacheMixture, parameters: int, base: str | None
+) -> tuple[str, ...]:
     """Write the model card, and the last grid beside it; the files' names."""
     drawn = sorted(job.paths.samples.glob("step_*.png"))
     if drawn:
@@ -84,6 +89,7 @@ def _describe(job: TrainingJob, data: CacheMixture, parameters: int) -> tuple[st
         ],
         teachers=[name for name, used in learned.items() if used],
         grid=GRID if drawn else None,
+        base=base,
     )
     atomic_write(job.final / CARD, card.encode())
     return (CARD, GRID) if drawn else (CARD,)

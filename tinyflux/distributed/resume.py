@@ -13,6 +13,7 @@ from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError
 from tinyflux.model.initialization import draw_by_name
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.adapter import begin_adapter, check_same_adapter, check_same_base
 from tinyflux.trainer.checkpoint import Checkpoint
 from tinyflux.trainer.checkpoint_search import FoundCheckpoint, load_newest
 from tinyflux.trainer.checkpoint_state import TrainerState
@@ -51,13 +52,22 @@ def prepare_student(
     All workers take part.
 
     Args:
-        init_from: what a new run begins with.
+        init_from: what a new run begins with; and what an adapter is on, whenever it is trained.
 
     Raises:
         CheckpointError: weights that were made for another model, or are damaged.
         ConfigError: see :func:`check_same_stream`.
     """
     config = job.trainer
+    if checkpoint is not None:
+        check_same_adapter(checkpoint.state, config, f"the run in {job.run_dir}")
+    if config.adapter is not None:
+        assert init_from is not None  # TrainerConfig sees to it
+        begun = begin_adapter(init_from, model, config, AnyPlace())
+        logger.info("an adapter is trained on the weights of %s", init_from)
+        if checkpoint is None:
+            return TrainerState(seed=config.seed, init_from=asdict(begun))
+        check_same_base(checkpoint.state, begun, f"the run in {job.run_dir}")
     if checkpoint is not None:
         checkpoint.check(model)
         checkpoint.load_model(model)
@@ -77,7 +87,8 @@ def prepare_ema(engine: Engine, decay: float, checkpoint: Checkpoint | None) -> 
     """This worker's part of the EMA; the engine takes over a checkpoint's optimizer state, too."""
     ema = EMA(engine.shard(), decay)
     if checkpoint is not None:
-        shadow = dict(engine.split(checkpoint.shadow))
+        # Of a run with an adapter the checkpoint holds no weights that stay as they are.
+        shadow = {**ema.shadow, **engine.split(checkpoint.shadow)}
         ema.load_state_dict({"decay": decay, "shadow": shadow})
         engine.load_optimizer_state(checkpoint.optimizer)
     return ema

@@ -62,15 +62,19 @@ def check_job(job: TrainingJob) -> None:
 def check_first_weights(job: TrainingJob) -> None:
     """Refuse first weights that no worker could begin with, before any is started; TinyFluxError.
 
-    A run that goes on reads its checkpoint, and what it began with may be gone.
+    A run that goes on reads its checkpoint, and what it began with may be gone; an adapter's
+    checkpoint holds no other weights.
     """
     config = job.trainer
-    if config.init_from is None or checkpoints_by_step(job.checkpoints):
+    if config.init_from is None:
+        return
+    if config.adapter is None and checkpoints_by_step(job.checkpoints):
         return
     with torch.device("meta"):
         outline = TinyFluxDeep(job.model)
     places = AnyPlace()
-    check_fits(find_weights(config.init_from, config.init_from_ema, places), outline, places)
+    found = find_weights(config.init_from, config.init_from_ema, places)
+    check_fits(found, outline, places, carry=config.adapter is None)
 
 
 def check_places(config: TrainerConfig, run_dir: str) -> None:

@@ -72,7 +72,8 @@ class Training:
         model = first_weights(job, self.device)
         mirror = self._pull_mirror() if self.is_main else None
         checkpoint = self._agree_on_checkpoint()
-        first = self._agree_on_first_weights() if checkpoint is None else None
+        needed = checkpoint is None or config.adapter is not None
+        first = self._agree_on_first_weights() if needed else None
         state = prepare_student(model, checkpoint, first, job, data, reader)
         engine = self.build_engine(model)
         ema = prepare_ema(engine, config.ema_decay, checkpoint)
@@ -114,7 +115,7 @@ class Training:
         return load_checkpoint(job.checkpoint_directory(name), job.trainer.verify_checkpoints)
 
     def _agree_on_first_weights(self) -> WeightsFile | None:
-        """What a new run begins with: the main worker finds it, and others read the same file."""
+        """What the run began with: the main worker finds it, and others read the same file."""
         config = self.job.trainer
         if config.init_from is None:
             return None

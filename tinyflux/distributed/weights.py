@@ -1,28 +1,33 @@
 """The student that draws, from this machine, the hub or a URL."""
 
 import contextlib
-import hashlib
 import os
 import posixpath
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from tinyflux.errors import StorageError
-from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.loader import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    each_tensor,
-    load_config_of,
-    load_model,
+from tinyflux.model.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    is_adapter,
+    read_adapter,
 )
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME
+from tinyflux.model.loader import base_of, each_tensor, load_config_of, load_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.weights import fingerprint_of
 from tinyflux.storage.copies import fetch
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.util.urls import is_url
 
 SUFFIXES = (".safetensors", ".pt")
+# What a student's weights are in: its own file, or an adapter's.
+STUDENT_FILES = (WEIGHTS_NAME, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def load_student(checkpoint: str, device: str, dtype: torch.dtype) -> TinyFluxDeep:
@@ -31,7 +36,10 @@ def load_student(checkpoint: str, device: str, dtype: torch.dtype) -> TinyFluxDe
     Raises:
         TinyFluxError: it cannot be fetched or opened.
     """
-    return load_model(_fetched(checkpoint), device=device, dtype=dtype)
+    base, adapter = _base_and_adapter(checkpoint)
+    return load_model(
+        base, device=device, dtype=dtype, adapter=None if adapter is None else adapter.place
+    )
 
 
 def student_config(checkpoint: str) -> TinyFluxConfig:
@@ -49,11 +57,18 @@ def weights_fingerprint(checkpoint: str) -> str:
     Raises:
         TinyFluxError: it cannot be fetched or read.
     """
-    total = hashlib.sha256()
-    for name, tensor in each_tensor(_fetched(checkpoint)):
-        total.update(name.encode())
-        total.update(tensor.float().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]
+    base, adapter = _base_and_adapter(checkpoint)
+    tensors = {} if adapter is None else adapter.tensors
+    return fingerprint_of(chain(each_tensor(base), sorted(tensors.items())))
+
+
+def _base_and_adapter(checkpoint: str) -> tuple[str, Adapter | None]:
+    """The student's weights on this machine, and the adapter on them where it is one."""
+    here = _fetched(checkpoint)
+    if not is_adapter(here):
+        return here, None
+    adapter = read_adapter(here)
+    return _fetched(base_of(adapter)), adapter
 
 
 def _fetched(checkpoint: str) -> str:
@@ -62,7 +77,7 @@ def _fetched(checkpoint: str) -> str:
         return checkpoint
     path, *options = checkpoint.partition("?")
     if not path.endswith(SUFFIXES):
-        return fetch(checkpoint, (WEIGHTS_NAME, CONFIG_NAME))
+        return fetch(checkpoint, (*STUDENT_FILES, CONFIG_NAME))
     folder, name = posixpath.split(path)
     return os.path.join(fetch("".join([folder, *options]), (name, CONFIG_NAME)), name)
 
@@ -73,7 +88,7 @@ def signature(checkpoint: str) -> tuple[tuple[str, int, int], ...] | None:
         with contextlib.suppress(StorageError):
             files = RemoteFolder(checkpoint).infos()
             return tuple((name, info.mtime_ns, info.size) for name, info in files.items()
-                         if name == WEIGHTS_NAME) or None  # fmt: skip
+                         if name in STUDENT_FILES) or None  # fmt: skip
         return None
     path = Path(checkpoint)
     here = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

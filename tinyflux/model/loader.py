@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tinyflux.errors import CheckpointError, ConfigError, HubError
+from tinyflux.errors import CheckpointError, ConfigError
+from tinyflux.model.adapters import Adapter, is_adapter, put_adapter, read_adapter
+from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
-from tinyflux.model.weights import misfits, plain_name, shapes_of
+from tinyflux.model.weights import fingerprint, misfits, plain_name, shapes_of
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import first_line
-
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +30,25 @@ def load_model(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     strict: bool = True,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> TinyFluxDeep:
     """A student in evaluation mode.
 
     Args:
         source: a ``.safetensors`` or ``.pt`` file, a directory with ``model.safetensors`` and
-            ``config.json``, or a hub repository ``user/repo`` or ``user/repo:subfolder``.
+            ``config.json``, or a hub repository ``user/repo`` or ``user/repo:subfolder``. A
+            directory with an adapter and no student is the student that it was trained on, with it.
         config: of the model; None reads the ``config.json`` beside the weights.
         strict: refuse tensors that do not fit; otherwise they are logged and left as initialised.
+            And refuse an adapter of other weights; otherwise that is logged.
+        adapter: a directory or hub repository with a LoRA or DoRA adapter of the library peft.
 
     Raises:
         CheckpointError: no checkpoint there, a broken one, or tensors that do not fit.
         HubError: a repository that cannot be fetched.
     """
     place = resolve_device(device)
+    source, opened = _with_base(source, adapter)
     weights = locate(os.fspath(source), WEIGHTS_NAME)
     if config is None:
         config = load_config_of(source)
@@ -54,7 +58,57 @@ def load_model(
     fitting = _fitting(_outline(config, str(weights)), tensors, str(weights), strict)
     model = TinyFluxDeep(config)
     model.load_state_dict(fitting, strict=False)
+    if opened is not None:
+        _check_base(opened, model, os.fspath(source), strict)
+        put_adapter(model, opened)
     return model.to(device=place, dtype=dtype).eval()
+
+
+def _with_base(
+    source: str | os.PathLike[str], adapter: str | os.PathLike[str] | None
+) -> tuple[str | os.PathLike[str], Adapter | None]:
+    """What holds the weights, and the adapter on them, if any."""
+    if not is_adapter(source):
+        return source, None if adapter is None else read_adapter(adapter)
+    if adapter is not None:
+        raise CheckpointError(
+            f"'{source}' holds an adapter alone, on which '{adapter}' cannot be put: name the "
+            "student that both were trained on"
+        )
+    opened = read_adapter(source)
+    return base_of(opened), opened
+
+
+def base_of(adapter: Adapter) -> str:
+    """What an adapter says that it was trained on.
+
+    Raises:
+        CheckpointError: it does not say, or that is not there.
+    """
+    name = adapter.base.name
+    if not name or (name.startswith(("/", ".")) and not Path(name).exists()):
+        raise CheckpointError(
+            f"the adapter '{adapter.place}' was trained on "
+            f"{f'{name!r}, which is not there' if name else 'weights that it does not name'}: "
+            "open the student with load_model(student, adapter=...)"
+        )
+    return name
+
+
+def _check_base(adapter: Adapter, model: TinyFluxDeep, source: str, strict: bool) -> None:
+    """Refuse weights that an adapter was not trained on, where it says on which."""
+    trained_on = adapter.base.fingerprint
+    if not trained_on:
+        logger.warning("the adapter '%s' does not say which weights it fits", adapter.place)
+    elif (found := fingerprint(model.state_dict())) != trained_on:
+        message = (
+            f"the adapter '{adapter.place}' was trained on other weights than those of '{source}' "
+            f"(fingerprint {trained_on}, not {found}): open it with "
+            f"'{adapter.base.name or 'the student that it was trained on'}'"
+        )
+        if strict:
+            raise CheckpointError(message)
+        logger.warning(message)
 
 
 def load_config_of(source: str | os.PathLike[str]) -> TinyFluxConfig:
@@ -67,6 +121,8 @@ def load_config_of(source: str | os.PathLike[str]) -> TinyFluxConfig:
     path = Path(source)
     if not path.exists():
         return load_config(source)
+    if is_adapter(path) and not (path / CONFIG_NAME).is_file():  # peft itself writes none
+        return load_config_of(base_of(read_adapter(path)))
     weights = path / WEIGHTS_NAME if path.is_dir() else path
     if not weights.with_name(CONFIG_NAME).is_file():
         raise CheckpointError(
@@ -141,38 +197,15 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     state = tensors if tensors is not None else model.state_dict()
     whole = {plain_name(name): value.detach().cpu().contiguous() for name, value in state.items()}
-    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    atomic_write(directory / CONFIG_NAME, config.encode())
+    save_config(model, directory)
     atomic_write(directory / WEIGHTS_NAME, save(whole))
     return directory
 
 
-def locate(source: str, name: str) -> Path:
-    """The file ``name`` of a model's directory or hub repository on this machine, or ``source``.
-
-    Raises:
-        CheckpointError: there is no such file.
-        HubError: a repository that cannot be fetched.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if (path / name).is_file():
-            return path / name
-        raise CheckpointError(f"the directory '{source}' holds no {name}")
-    repo, _, subfolder = source.partition(":")
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or path.suffix in (".pt", ".json"):
-        raise CheckpointError(f"there is no checkpoint at '{source}': check the path")
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"there is no checkpoint at '{source}': check the path")
-    try:
-        return Path(hf_hub_download(repo, name, subfolder=subfolder or None))
-    except Exception as error:  # hub, network and validation errors have no common base
-        raise HubError(
-            f"there is no '{source}' on this machine, and {name} cannot be fetched from the hub "
-            f"repository '{repo}' (is the network reachable?): {first_line(error):.200}"
-        ) from error
+def save_config(model: TinyFluxDeep, directory: str | os.PathLike[str]) -> None:
+    """Write ``config.json``, which :func:`load_config` reads."""
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    atomic_write(Path(directory) / CONFIG_NAME, config.encode())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

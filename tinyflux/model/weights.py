@@ -1,6 +1,7 @@
 """Tensors by name: names without what wrappers add, and whether they fit a model."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,20 @@ def as_module(model: nn.Module) -> TinyFluxDeep:
             raise InputError(f"a TinyFluxDeep is needed, not a {type(model).__name__}")
         model = inner
     return model
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """What tells a student's tensors from others, in any precision that holds the same numbers."""
+    return fingerprint_of(sorted(tensors.items()))
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """:func:`fingerprint` of tensors that come one by one, in the order of their names."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(name.encode())
+        total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

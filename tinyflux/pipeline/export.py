@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tinyflux.errors import TinyFluxError
+from tinyflux.model.adapters import has_adapter, merge_adapters
 from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import load_model
 from tinyflux.pipeline.pipeline import TinyFluxPipeline, make_scheduler
@@ -24,18 +25,23 @@ CODE = {
 }
 
 
-def make_pipeline(checkpoint: str, zoo: ZooConfig) -> TinyFluxPipeline:
+def make_pipeline(
+    checkpoint: str, zoo: ZooConfig, adapter: str | os.PathLike[str] | None = None
+) -> TinyFluxPipeline:
     """A pipeline of a student, as :func:`~tinyflux.model.loader.load_model` opens it, on the CPU.
+
+    Args:
+        adapter: a directory or hub repository with a LoRA or DoRA adapter to put on it.
 
     Raises:
         TinyFluxError: the checkpoint or a frozen model cannot be opened.
     """
-    student = load_model(checkpoint, device="cpu", dtype=zoo.dtype)
+    student = load_model(checkpoint, device="cpu", dtype=zoo.dtype, adapter=adapter)
     models = zoo.build(student.config)
     models.offload()
     (t5_tokenizer, t5), (clip_tokenizer, clip) = models.load_t5(), models.load_clip()
     transformer = TinyFluxTransformer(student.config.to_dict())
-    transformer.student.to(zoo.dtype).load_state_dict(student.state_dict())
+    transformer.student = student
     pipeline = TinyFluxPipeline(
         transformer=transformer.eval(),
         vae=models.load_vae(),
@@ -53,7 +59,7 @@ def export(checkpoint: str, zoo: ZooConfig, directory: str | os.PathLike[str]) -
     """Write the pipeline, its weights in safetensors and its code.
 
     The code is this package's own, of the modules that drawing needs and no others. diffusers runs
-    it with ``trust_remote_code=True``.
+    it with ``trust_remote_code=True``. An adapter is added to the weights, since it needs peft.
 
     Raises:
         TinyFluxError: the directory is not empty, or something cannot be opened.
@@ -63,7 +69,10 @@ def export(checkpoint: str, zoo: ZooConfig, directory: str | os.PathLike[str]) -
         raise TinyFluxError(f"'{target}' is not empty: export into a new directory")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        make_pipeline(checkpoint, zoo).save_pretrained(partial, safe_serialization=True)
+        pipeline = make_pipeline(checkpoint, zoo)
+        if has_adapter(pipeline.transformer.student):
+            merge_adapters(pipeline.transformer.student)
+        pipeline.save_pretrained(partial, safe_serialization=True)
         index = json.loads((partial / "model_index.json").read_text())
         for key, (folder, module) in CODE.items():
             kind = index[key] if isinstance(index[key], str) else index[key][1]

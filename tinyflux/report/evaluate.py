@@ -23,7 +23,9 @@ from tinyflux.distributed.relay import errors_as_raised
 from tinyflux.distributed.resume import first_weights
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.inference.sampler import Sampler, decode
-from tinyflux.model.loader import WEIGHTS_NAME, load_model
+from tinyflux.model.adapters import ADAPTER_WEIGHTS, is_adapter
+from tinyflux.model.files import WEIGHTS_NAME
+from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.report.results import pass_on_figures
@@ -103,6 +105,11 @@ def _evaluate(packed: dict[str, Any]) -> None:
         _evaluate_in(run_dir, run)
 
 
+def _weights_digest(final: Path) -> str:
+    name = ADAPTER_WEIGHTS if is_adapter(final) else WEIGHTS_NAME
+    return hashlib.sha256((final / name).read_bytes()).hexdigest()
+
+
 def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     device = resolve_device(run.zoo.device)
     trained = load_model(run_dir / FINAL, device=str(device), dtype=torch.float32)
@@ -114,7 +121,7 @@ def _evaluate_in(run_dir: Path, run: RunConfig) -> None:
     held_out_rows = data.held_out(run.trainer.val_fraction)
     record = {
         "parameters": sum(parameter.numel() for parameter in trained.parameters()),
-        "weights": hashlib.sha256((run_dir / FINAL / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        "weights": _weights_digest(run_dir / FINAL),
         "machine": describe_machine(),
         "nearest": _draw(
             run_dir, run, models, data.caches[0], ~held_out_rows[: len(data.caches[0])]

@@ -26,6 +26,7 @@ def model_card(
     data: Sequence[str],
     teachers: Sequence[str],
     grid: str | None,
+    base: str | None = None,
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
@@ -37,6 +38,7 @@ def model_card(
         data: a line for each cache: where it was, its rows, its digest.
         teachers: names of the teachers that were learned from.
         grid: a picture file beside the card.
+        base: what the student is opened from, where the run trained an adapter on it.
     """
     held_out: dict[str, Any] = {}
     for record in records:
@@ -47,11 +49,13 @@ def model_card(
         ModelCardData(
             library_name="tinyflux",
             pipeline_tag="text-to-image",
-            tags=["tinyflux", "rectified-flow", "text-to-image"],
+            tags=["tinyflux", "rectified-flow", "text-to-image", *(["lora"] if base else [])],
         ),
         template_path=str(_TEMPLATE),
         title=title,
         source=source,
+        base=base,
+        kind=(trainer.get("adapter") or {}).get("kind"),
         parameters=parameters,
         steps=records[-1]["step"] if records else trainer["total_steps"],
         data=data,

@@ -8,6 +8,9 @@ A checkpoint is a directory::
     trainer_state.json               step, place in the data, seed, the run's settings, and the
                                      SHA-256 of every file, itself included
 
+Where an adapter is trained, ``adapter_model.safetensors`` and ``adapter_config.json`` stand in for
+``model.safetensors``, and no file holds the weights that stay as they are.
+
 It is written under another name and renamed when it is whole: one that can be seen is complete.
 """
 
@@ -24,7 +27,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyflux.errors import CheckpointError, DamagedCheckpointError
-from tinyflux.model.loader import WEIGHTS_NAME, save_model
+from tinyflux.model.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_tensors,
+    has_adapter,
+    read_adapter_tensors,
+    save_adapter,
+)
+from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME
+from tinyflux.model.loader import save_config, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.weights import check_tensors
 from tinyflux.run_dir import CHECKPOINT_EMA, CHECKPOINT_OPTIMIZER
@@ -47,11 +59,11 @@ class Checkpoint:
         """Refuse a whole ``model`` that the weights or the EMA do not fit; CheckpointError."""
         for name, tensors in (("model", self.model), ("ema", self.shadow)):
             where = f"checkpoint {self.path / f'{name}.safetensors'}"
-            check_tensors(model.state_dict(), tensors, where)
+            check_tensors(trained_part(model, model.state_dict()), tensors, where)
 
     def load_model(self, model: TinyFluxDeep) -> None:
         """Put the weights into ``model``, which fits."""
-        model.load_state_dict(self.model)
+        model.load_state_dict(self.model, strict=not has_adapter(model))
 
 
 @dataclass
@@ -60,7 +72,8 @@ class CheckpointData:
 
     Attributes:
         model: whose config is written.
-        weights: the model's whole tensors; ``shadow``: the EMA's.
+        weights: the model's whole tensors; ``shadow``: the EMA's. Of a model with an adapter its
+            tensors alone are kept.
         optimizer: as of :meth:`tinyflux.trainer.engine.Engine.optimizer_state`.
     """
 
@@ -70,6 +83,10 @@ class CheckpointData:
     ema_decay: float
     optimizer: Mapping[str, Tensor]
     state: TrainerState
+
+    def __post_init__(self) -> None:
+        self.weights = trained_part(self.model, self.weights)
+        self.shadow = trained_part(self.model, self.shadow)
 
     def snapshot(self) -> "CheckpointData":
         """Copies on the CPU, which stay as they are while the run goes on."""
@@ -92,7 +109,7 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        save_model(contents.model, partial, contents.weights)
+        save_student(contents.model, partial, contents.weights)
         save_shadow(partial / CHECKPOINT_EMA, contents.shadow, contents.ema_decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / CHECKPOINT_OPTIMIZER)
         state = replace(contents.state, files=_flushed(partial))
@@ -125,7 +142,7 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
             _compare(directory, state)
         checkpoint = Checkpoint(
             path=directory,
-            model=load_file(directory / WEIGHTS_NAME),
+            model=_read_weights(directory),
             shadow=read_shadow(directory / CHECKPOINT_EMA)[0],
             optimizer=load_file(directory / CHECKPOINT_OPTIMIZER),
             state=state,
@@ -135,6 +152,30 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
     except (OSError, SafetensorError, CheckpointError) as error:
         raise DamagedCheckpointError(f"cannot read checkpoint {directory}: {error}") from error
     return checkpoint
+
+
+def trained_part(model: TinyFluxDeep, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a checkpoint keeps of a model's ``tensors``: all, or its adapter's."""
+    return adapter_tensors(tensors) if has_adapter(model) else tensors
+
+
+def save_student(
+    model: TinyFluxDeep, directory: Path, tensors: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Write what ``load_model`` opens: the student, or its adapter alone; the files' names."""
+    if not has_adapter(model):
+        save_model(model, directory, tensors)
+        return WEIGHTS_NAME, CONFIG_NAME
+    save_adapter(model, directory, tensors)
+    save_config(model, directory)
+    return ADAPTER_WEIGHTS, ADAPTER_CONFIG, CONFIG_NAME
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    adapter = directory / ADAPTER_WEIGHTS
+    return (
+        read_adapter_tensors(adapter) if adapter.exists() else load_file(directory / WEIGHTS_NAME)
+    )
 
 
 def _compare(directory: Path, state: TrainerState) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from tinyflux.errors import ConfigError
+from tinyflux.trainer.adapter_config import AdapterConfig
 from tinyflux.trainer.direction import MEASURED, check_metric
 from tinyflux.util.config import nearest
 from tinyflux.util.picture_size import FormerSides
@@ -140,6 +141,10 @@ class TrainerConfig:
             begins with random ones.
         init_from_ema: Begin with the EMA's weights, where there are both.
 
+        adapter: A LoRA or DoRA adapter of the library peft that is trained in place of the weights
+            of ``init_from``, which stay as they are; checkpoints and the result are the adapter
+            alone. None trains the weights.
+
         evaluate_every: Optimizer steps between figures of pictures: the EMA draws held-out captions
             as ``sample`` says, and ``evaluate.extractors`` measure them. None takes none.
         evaluate_pictures: The most pictures that are drawn for them.
@@ -253,6 +258,7 @@ class TrainerConfig:
     init_by_name: bool = False
     init_from: str | None = None
     init_from_ema: bool = True
+    adapter: AdapterConfig | None = None
 
     # Figures of pictures beside training, and the best checkpoint
     evaluate_every: int | None = None
@@ -266,6 +272,7 @@ class TrainerConfig:
         self._check_numbers()
         self.former_sides.check(self)
         self._check_best()
+        self._check_adapter()
         if self.hf_repo_id is None and (self.upload_every_steps or self.upload_every_epochs):
             raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
 
@@ -334,6 +341,20 @@ class TrainerConfig:
                 f"trainer.best_metric '{self.best_metric}' is known every {every} steps "
                 f"(trainer.{name}), which must be a multiple of trainer.save_every_steps, "
                 f"not of {saved}: a step without a checkpoint cannot be the best one"
+            )
+
+    def _check_adapter(self) -> None:
+        """Refuse an adapter of nothing, and an optimizer that is not for its matrices."""
+        if self.adapter is None:
+            return
+        if self.init_from is None:
+            raise ConfigError(
+                "trainer.adapter needs trainer.init_from, the weights that it is trained on"
+            )
+        if self.optimizer == "muon":
+            raise ConfigError(
+                "trainer.optimizer 'muon' is for the blocks' own matrices, which trainer.adapter "
+                "leaves as they are: use 'adamw'"
             )
 
     def _require(self, name: str, holds: bool, what: str) -> None:

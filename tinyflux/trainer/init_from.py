@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tinyflux import run_dir as names
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError, StorageError
+from tinyflux.model.adapters import ADAPTER_WEIGHTS
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.loader import CONFIG_NAME, WEIGHTS_NAME, each_tensor, load_config, locate
+from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME, locate
+from tinyflux.model.loader import each_tensor, load_config
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.patches import carry_patches
 from tinyflux.model.weights import check_tensors
@@ -145,6 +147,7 @@ def _in_folder(places: Places, place: str, averaged: bool) -> WeightsFile | None
 
 
 def _of_checkpoint(folder: Folder, place: str, averaged: bool) -> WeightsFile:
+    _refuse_adapter(folder, place, "")
     state = parse_state(folder.read(names.CHECKPOINT_STATE), join(place, names.CHECKPOINT_STATE))
     name = names.CHECKPOINT_EMA if averaged else WEIGHTS_NAME
     return WeightsFile(place, name, state.files.get(name, ""))
@@ -157,6 +160,7 @@ def _of_result(folder: Folder, place: str, below: str, averaged: bool) -> Weight
             f"trainer.init_from '{place}' holds the EMA alone: for trainer.init_from_ema: false "
             "name a checkpoint or the run's directory"
         )
+    _refuse_adapter(folder, place, below)
     path = posixpath.join(below, names.FINAL_STATE)
     try:
         files = json.loads(folder.read(path)).get("files", {})
@@ -166,7 +170,17 @@ def _of_result(folder: Folder, place: str, below: str, averaged: bool) -> Weight
     return WeightsFile(where, WEIGHTS_NAME, files.get(WEIGHTS_NAME, ""))
 
 
-def begin_from(file: WeightsFile, model: TinyFluxDeep, source: str, places: Places) -> FirstWeights:
+def _refuse_adapter(folder: Folder, place: str, below: str) -> None:
+    if folder.size(posixpath.join(below, ADAPTER_WEIGHTS)) is not None:
+        raise CheckpointError(
+            f"trainer.init_from '{place}' holds an adapter and no student: name the student that "
+            "it was trained on"
+        )
+
+
+def begin_from(
+    file: WeightsFile, model: TinyFluxDeep, source: str, places: Places, carry: bool = True
+) -> FirstWeights:
     """Give ``model`` the weights in ``file``.
 
     Those of another patch size are carried over (:func:`~tinyflux.model.patches.carry_patches`);
@@ -174,12 +188,13 @@ def begin_from(file: WeightsFile, model: TinyFluxDeep, source: str, places: Plac
 
     Args:
         source: the setting's value, for the record.
+        carry: take weights of another patch size; else they do not fit.
 
     Raises:
         CheckpointError: they are damaged, or do not fit the model.
         TinyFluxError: they cannot be fetched.
     """
-    where, path, tensors = _fitting(file, model, places)
+    where, path, tensors = _fitting(file, model, places, carry)
     sha256 = file_sha256(path)
     if file.sha256 and sha256 != file.sha256:
         raise DamagedCheckpointError(
@@ -192,18 +207,21 @@ def begin_from(file: WeightsFile, model: TinyFluxDeep, source: str, places: Plac
     return FirstWeights(source, sha256)
 
 
-def check_fits(file: WeightsFile, outline: TinyFluxDeep, places: Places) -> None:
+def check_fits(
+    file: WeightsFile, outline: TinyFluxDeep, places: Places, carry: bool = True
+) -> None:
     """Refuse weights that do not fit a model, which may be on the meta device; TinyFluxError."""
-    _fitting(file, outline, places)
+    _fitting(file, outline, places, carry)
 
 
 def _fitting(
-    file: WeightsFile, model: TinyFluxDeep, places: Places
+    file: WeightsFile, model: TinyFluxDeep, places: Places, carry: bool
 ) -> tuple[str, Path, dict[str, Tensor]]:
     """What names the weights in errors, their file, and the tensors as ``model`` wants them."""
     where, path = f"trainer.init_from '{file}'", _fetched(file, places)
     config, tensors = model.config, dict(each_tensor(path))
-    tensors = carry_patches(tensors, config.in_channels, config.patch_size, where)
+    if carry:
+        tensors = carry_patches(tensors, config.in_channels, config.patch_size, where)
     check_tensors(model.state_dict(), tensors, where)
     return where, path, tensors
 

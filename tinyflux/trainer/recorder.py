@@ -24,7 +24,7 @@ from tinyflux.trainer.evaluation import Evaluation, EvaluationRequest, Evaluatio
 from tinyflux.trainer.meter import StepFigures
 from tinyflux.trainer.metrics import MetricLog, best_record, read_metrics
 from tinyflux.trainer.trackers import Tracker, open_trackers
-from tinyflux.trainer.upload import Uploader
+from tinyflux.trainer.upload import MODEL_FILES, Uploader
 from tinyflux.trainer.writer import BackgroundWriter
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import full_disk_ends_run
@@ -194,7 +194,8 @@ class Recorder:
         save_checkpoint(path, contents)
         tidy()
         if uploader is not None:
-            uploader.submit(path, path.name)
+            there = tuple(name for name in MODEL_FILES if (path / name).exists())
+            uploader.submit(path, path.name, there)
         self._saved()
 
     def lacks(self, request: EvaluationRequest) -> EvaluationRequest:

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from tinyflux.data.batches import HeldOut, StepData, StepSource
 from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
+from tinyflux.model.adapters import has_adapter
 from tinyflux.model.weights import as_module
 from tinyflux.run_dir import BEST, METRICS
+from tinyflux.trainer.adapter import begin_adapter, check_same_adapter, check_same_base
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     load_checkpoint,
@@ -25,7 +27,7 @@ from tinyflux.trainer.distillation import SOL_SAMPLES
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
-from tinyflux.trainer.init_from import ThisMachine, begin_from, find_weights
+from tinyflux.trainer.init_from import FirstWeights, ThisMachine, begin_from, find_weights
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.picture_figures import PictureFigures
@@ -50,9 +52,11 @@ class Trainer:
     def __init__(self, model: nn.Module, config: TrainerConfig):
         self.model, self.config = as_module(model), config
         self._device = next(self.model.parameters()).device
+        self._state = TrainerState(seed=config.seed)
+        if config.adapter is not None:
+            self._begin_adapter()
         self._engine = TorchEngine(self.model, config)
         self._ema = EMA(self.model, config.ema_decay)
-        self._state = TrainerState(seed=config.seed)
         self._source: StepSource | None = None
         self._loop: TrainLoop | None = None
 
@@ -148,6 +152,20 @@ class Trainer:
             Recorder(config, paths, InlineEvaluator(evaluator)),
         )
 
+    def _begin_adapter(self) -> None:
+        """Put an adapter on the weights of ``config.init_from``, before anything knows the model.
+
+        Raises:
+            InputError: the model has one.
+        """
+        config, places = self.config, ThisMachine()
+        if has_adapter(self.model):
+            raise InputError("the model has an adapter: give the Trainer a student without one")
+        assert config.init_from is not None  # TrainerConfig sees to it
+        file = find_weights(config.init_from, config.init_from_ema, places)
+        self.model.float()
+        self._state.init_from = asdict(begin_adapter(file, self.model, config, places))
+
     def _begin(self) -> None:
         """Take the weights that the run is to begin with, if it has not begun."""
         config = self.config
@@ -206,11 +224,17 @@ class Trainer:
                 then.
         """
         checkpoint = load_checkpoint(path, self.config.verify_checkpoints)
+        check_same_adapter(checkpoint.state, self.config, f"checkpoint {path}")
+        if self.config.adapter is not None:
+            began = FirstWeights(**self._state.init_from)
+            check_same_base(checkpoint.state, began, f"checkpoint {path}")
         checkpoint.check(self.model)
         # First what may still be refused.
         self._engine.load_optimizer_state(checkpoint.optimizer)
         checkpoint.load_model(self.model)
-        self._ema.load_state_dict({"decay": self.config.ema_decay, "shadow": checkpoint.shadow})
+        # Of a run with an adapter it holds no weights that stay as they are.
+        shadow = {**self._ema.shadow, **checkpoint.shadow}
+        self._ema.load_state_dict({"decay": self.config.ema_decay, "shadow": shadow})
         if checkpoint.state.seed != self.config.seed:
             logger.warning(
                 "checkpoint %s was trained with seed %d, this run has seed %d: the order of "

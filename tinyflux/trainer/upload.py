@@ -12,8 +12,11 @@ from tinyflux.util.text import first_line
 
 logger = logging.getLogger(__name__)
 
-# Of a checkpoint: what makes it a model. The optimizer's state is the run's own.
-MODEL_FILES = ("model.safetensors", "config.json", "ema.safetensors")
+# Of a checkpoint: what makes it a model, or an adapter. The optimizer's state is the run's own.
+MODEL_FILES = (
+    "model.safetensors", "config.json", "ema.safetensors",
+    "adapter_model.safetensors", "adapter_config.json",
+)  # fmt: skip
 TRIES, LONGEST_PAUSE = 6, 60.0
 CLOSE_SECONDS = 600.0  # for what is under way when a run ends
 # The Hub's answers that another try can change: too many requests, and its own troubles.
