@@ -25,6 +25,7 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_STATE = "trainer_state.json"
 CHECKPOINT_EMA = "ema.safetensors"
 CHECKPOINT_OPTIMIZER = "optimizer.safetensors"
+_TRACK = ("ema_", ".safetensors")
 METRICS = "metrics.jsonl"
 BEST = "best.json"
 SAMPLES = "samples"
@@ -46,3 +47,16 @@ HARDWARE = "hardware.json"
 
 # They say that what lies beside them is whole, so they come last and go first.
 MARKS = (CHECKPOINT_STATE, FINAL_STATE)
+
+
+def track_name(length: float) -> str:
+    """A checkpoint's file of the power-function EMA of a ``length``, such as 0.05."""
+    return f"{_TRACK[0]}{float(length)!r}{_TRACK[1]}"
+
+
+def length_of_track(name: str) -> float | None:
+    """Inverse of :func:`track_name`; None for other files."""
+    start, end = _TRACK
+    if not (name.startswith(start) and name.endswith(end)):
+        return None
+    return float(name.removeprefix(start).removesuffix(end))

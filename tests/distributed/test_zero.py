@@ -26,6 +26,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.loop import TrainLoop
+from tinyflux.trainer.power_ema import PowerEMA
 from tinyflux.util.buckets import default_buckets
 
 pytest.importorskip("deepspeed")
@@ -87,12 +88,15 @@ def worker(rank, world, port, arms, folder):
         checkpoint = None if start is None else load_checkpoint(folder / start)
         engine = build(arm, checkpoint)
         ema, state = EMA(engine.shard(), CONFIG.ema_decay), TrainerState()
+        power_ema = PowerEMA(engine.shard(), [0.1])
         if checkpoint is not None:
             state = checkpoint.state
             shadow = dict(engine.split(checkpoint.shadow))
             ema.load_state_dict({"decay": CONFIG.ema_decay, "shadow": shadow})
+            tracks = checkpoint.tracks.items()
+            power_ema.load({length: dict(engine.split(track)) for length, track in tracks}, start)
             engine.load_optimizer_state(checkpoint.optimizer)
-        loop = TrainLoop(engine, CONFIG, state, ema, None, default_buckets())
+        loop = TrainLoop(engine, CONFIG, state, ema, None, default_buckets(), power_ema=power_ema)
         for step in range(state.step, state.step + STEPS):
             whole = batch_at(step)
             mine = cut(range(BATCH), world)[rank]
@@ -104,11 +108,12 @@ def worker(rank, world, port, arms, folder):
             loop.step(item)
             state.step += 1
         weights, shadow = loop.whole_weights()
+        tracks = loop.whole_tracks(weights)
         optimizer = engine.optimizer_state()
         if rank == 0:
             save_checkpoint(
                 folder / name,
-                CheckpointData(engine.model, weights, shadow, ema.decay, optimizer, state),
+                CheckpointData(engine.model, weights, shadow, ema.decay, optimizer, state, tracks),
             )
     dist.destroy_process_group()
 
@@ -124,7 +129,7 @@ def assert_same(folder, names, close):
     first = load_checkpoint(folder / names[0])
     for name in names[1:]:
         other = load_checkpoint(folder / name)
-        for kind in ("model", "shadow", "optimizer"):
+        for kind in ("model", "shadow", "optimizer", "tracks"):
             torch.testing.assert_close(
                 getattr(other, kind), getattr(first, kind), rtol=0, atol=close, msg=f"{name} {kind}"
             )

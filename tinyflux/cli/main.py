@@ -73,6 +73,25 @@ def _export(arguments: Sequence[str]) -> None:
     print(f"exported {run.sample.checkpoint} to {made}")
 
 
+def _ema(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="tinyflux ema",
+        description="Write a run's average of another length, mixed out of the power-function EMAs "
+        "that its checkpoints keep (trainer.ema_lengths).",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's directory or URL")
+    parser.add_argument(
+        "length", metavar="LENGTH", type=float, help="relative to the run's, such as 0.08"
+    )
+    parser.add_argument("output", metavar="DIRECTORY", help="where to: a new directory")
+    options = parser.parse_args(arguments)
+    from pathlib import Path
+
+    from tinyflux.distributed.mix_ema import write_mixed_ema
+
+    print(write_mixed_ema(options.run_dir, options.length, Path(options.output)))
+
+
 def _first(
     usage: str, arguments: Sequence[str], about: str, description: str
 ) -> tuple[str, Sequence[str]]:
@@ -203,6 +222,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "compare": ("compare arms of a run over seeds, with error bars", _compare),
     "sample": ("draw pictures for prompts", _sample),
     "serve": ("answer prompts over HTTP", _serve),
+    "ema": ("write a run's average of another length, chosen after it", _ema),
     "export": ("write a student as a diffusers pipeline that needs no TinyFlux", _export),
     "toy": ("the toy pictures and the toy world", _toy),
     "demo": ("the whole system on real pictures, from a checkout", _demo),

@@ -21,6 +21,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.init_from import WeightsFile, begin_from
+from tinyflux.trainer.power_ema import PowerEMA
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,21 @@ def prepare_ema(engine: Engine, decay: float, checkpoint: Checkpoint | None) -> 
         ema.load_state_dict({"decay": decay, "shadow": shadow})
         engine.load_optimizer_state(checkpoint.optimizer)
     return ema
+
+
+def prepare_power_ema(
+    engine: Engine, config: TrainerConfig, checkpoint: Checkpoint | None
+) -> PowerEMA:
+    """This worker's part of the power-function EMAs, of which there may be none.
+
+    Raises:
+        CheckpointError: the checkpoint keeps none of a length that is set.
+    """
+    power_ema = PowerEMA(engine.shard(), config.ema_lengths)
+    if checkpoint is not None:
+        parts = {length: dict(engine.split(track)) for length, track in checkpoint.tracks.items()}
+        power_ema.load(parts, f"checkpoint {checkpoint.path}")
+    return power_ema
 
 
 def check_same_stream(

@@ -15,6 +15,7 @@ from tinyflux.distributed.resume import (
     find_checkpoint,
     first_weights,
     prepare_ema,
+    prepare_power_ema,
     prepare_student,
 )
 from tinyflux.distributed.training_job import TrainingJob
@@ -77,11 +78,12 @@ class Training:
         state = prepare_student(model, checkpoint, first, job, data, reader)
         engine = self.build_engine(model)
         ema = prepare_ema(engine, config.ema_decay, checkpoint)
+        power_ema = prepare_power_ema(engine, config, checkpoint)
         del checkpoint  # its tensors
 
         recorder = self._build_recorder(model, ema, data, mirror) if self.is_main else None
         null_text = data.null_text if config.text_dropout > 0 else None
-        loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder)
+        loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder, power_ema)
         loop.run(reader.steps(state.samples_seen, self.rank, self.world_size))
         _, averaged = loop.whole_weights()
         if averaged is not None:

@@ -63,6 +63,7 @@ def _bytes_by_kind(work: StepWork, run: RunConfig, stage: int) -> dict[str, floa
     )
     if run.trainer.optimizer != "adamw":  # under plain torch, which cuts no state
         kinds["moments"] = work.moment_bytes(run.trainer.optimizer)
+    kinds["ema"] *= 1 + len(run.trainer.ema_lengths)
     if workers.offload and stage:
         for kind in ON_CPU_WITH_OFFLOAD:
             del kinds[kind]
@@ -116,7 +117,8 @@ def _check_host(work: StepWork, run: RunConfig, workers_per_node: int) -> None:
     if workers.offload and workers.zero_stage:
         needs += workers_per_node * -(-state // workers.num_workers)
     if trainer.async_checkpoints:
-        needs += state + FP32 * work.parameters  # of rank 0, on its way to the disk
+        averages = len(trainer.ema_lengths) * FP32 * work.trainable
+        needs += state + averages + FP32 * work.parameters  # of rank 0, on its way to the disk
     if needs > cluster.memory_gb_per_node * GB:
         raise ConfigError(
             f"the node of the first worker needs {needs / GB:.1f} GB of memory beside its GPUs and "

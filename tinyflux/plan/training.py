@@ -181,7 +181,8 @@ def _plan_checkpoint(
     run: RunConfig, work: StepWork, stage: int, step_seconds: float, link: float
 ) -> _Checkpoint:
     trainer, count = run.trainer, run.workers.num_workers
-    size = FP32 * (work.parameters + work.trainable) + work.moment_bytes(trainer.optimizer)
+    averages = (1 + len(trainer.ema_lengths)) * work.trainable
+    size = FP32 * (work.parameters + averages) + work.moment_bytes(trainer.optimizer)
     gathered = size if stage == 3 else size - FP32 * work.parameters
     gathering = gathered * (count - 1) / count / link
     writing = size / run.cluster.storage(1)

@@ -4,6 +4,7 @@ A checkpoint is a directory::
 
     model.safetensors, config.json   the weights in fp32; load_model opens it
     ema.safetensors                  the EMA in fp32
+    ema_0.05.safetensors             a power-function EMA of that length, for each that is kept
     optimizer.safetensors            <parameter>/<key>, whole tensors
     trainer_state.json               step, place in the data, seed, the run's settings, and the
                                      SHA-256 of every file, itself included
@@ -18,7 +19,7 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,26 +40,33 @@ from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME
 from tinyflux.model.loader import save_config, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.weights import check_tensors
-from tinyflux.run_dir import CHECKPOINT_EMA, CHECKPOINT_OPTIMIZER
+from tinyflux.run_dir import CHECKPOINT_EMA, CHECKPOINT_OPTIMIZER, length_of_track, track_name
 from tinyflux.trainer.checkpoint_state import TrainerState, read_state, write_state
 from tinyflux.trainer.ema import read_shadow, save_shadow
+from tinyflux.trainer.power_ema import power_decay
 from tinyflux.util.files import file_sha256
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint in memory; tensors are whole and on the CPU."""
+    """A checkpoint in memory; tensors are whole and on the CPU.
+
+    Attributes:
+        tracks: the power-function EMAs by length.
+    """
 
     path: Path
     model: dict[str, Tensor]
     shadow: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: TrainerState
+    tracks: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     def check(self, model: TinyFluxDeep) -> None:
         """Refuse a whole ``model`` that the weights or the EMA do not fit; CheckpointError."""
-        for name, tensors in (("model", self.model), ("ema", self.shadow)):
-            where = f"checkpoint {self.path / f'{name}.safetensors'}"
+        tracks = ((track_name(length), track) for length, track in self.tracks.items())
+        for name, tensors in ((WEIGHTS_NAME, self.model), (CHECKPOINT_EMA, self.shadow), *tracks):
+            where = f"checkpoint {self.path / name}"
             check_tensors(trained_part(model, model.state_dict()), tensors, where)
 
     def load_model(self, model: TinyFluxDeep) -> None:
@@ -75,6 +83,7 @@ class CheckpointData:
         weights: the model's whole tensors; ``shadow``: the EMA's. Of a model with an adapter its
             tensors alone are kept.
         optimizer: as of :meth:`tinyflux.trainer.engine.Engine.optimizer_state`.
+        tracks: the power-function EMAs' whole tensors by length.
     """
 
     model: TinyFluxDeep
@@ -83,6 +92,7 @@ class CheckpointData:
     ema_decay: float
     optimizer: Mapping[str, Tensor]
     state: TrainerState
+    tracks: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = trained_part(self.model, self.weights)
@@ -96,6 +106,7 @@ class CheckpointData:
             shadow=cpu_copies(self.shadow),
             optimizer=cpu_copies(self.optimizer),
             state=copy.deepcopy(self.state),
+            tracks={length: cpu_copies(track) for length, track in self.tracks.items()},
         )
 
 
@@ -111,6 +122,9 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData)
         partial.mkdir(parents=True)
         save_student(contents.model, partial, contents.weights)
         save_shadow(partial / CHECKPOINT_EMA, contents.shadow, contents.ema_decay, torch.float32)
+        for length, track in contents.tracks.items():
+            decay = power_decay(length, max(1, contents.state.step))
+            save_shadow(partial / track_name(length), track, decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / CHECKPOINT_OPTIMIZER)
         state = replace(contents.state, files=_flushed(partial))
         write_state(partial, state)
@@ -146,6 +160,11 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
             shadow=read_shadow(directory / CHECKPOINT_EMA)[0],
             optimizer=load_file(directory / CHECKPOINT_OPTIMIZER),
             state=state,
+            tracks={
+                length: read_shadow(path)[0]
+                for path in sorted(directory.iterdir())
+                if (length := length_of_track(path.name)) is not None
+            },
         )
         if verify:
             _check_numbers(checkpoint)
@@ -192,16 +211,17 @@ def _check_numbers(checkpoint: Checkpoint) -> None:
 
     A moment of the optimizer may overflow, which only stops that weight.
     """
-    for name, tensors, broken in (
-        ("model", checkpoint.model, lambda tensor: ~tensor.isfinite()),
-        ("ema", checkpoint.shadow, lambda tensor: ~tensor.isfinite()),
-        ("optimizer", checkpoint.optimizer, Tensor.isnan),
+    tracks = ((track_name(length), track) for length, track in checkpoint.tracks.items())
+    for name, tensors in (
+        (WEIGHTS_NAME, checkpoint.model),
+        (CHECKPOINT_EMA, checkpoint.shadow),
+        *tracks,
+        (CHECKPOINT_OPTIMIZER, checkpoint.optimizer),
     ):
         for key, tensor in tensors.items():
-            if broken(tensor).any():
-                raise DamagedCheckpointError(
-                    f"{name}.safetensors holds numbers that are not finite, in {key}"
-                )
+            broken = tensor.isnan() if name == CHECKPOINT_OPTIMIZER else ~tensor.isfinite()
+            if broken.any():
+                raise DamagedCheckpointError(f"{name} holds numbers that are not finite, in {key}")
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

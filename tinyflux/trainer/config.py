@@ -17,6 +17,8 @@ WARMUP_TYPES = ("linear", "cosine")
 LUNE_MODES = ("cosine", "mse", "huber")
 SNR_KINDS = ("epsilon", "velocity")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+# The relative width of a plain mean: a power function's EMA is shorter.
+LONGEST_EMA = 12**-0.5
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # Settings by what their values must be.
@@ -123,6 +125,8 @@ class TrainerConfig:
         trackers: Who is told the numbers: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``.
         tracker_project: The project's name there.
         ema_warmup: Let the EMA's decay rise to ``ema_decay``.
+        ema_lengths: Relative lengths of power-function EMAs that are kept beside it, such as [0.05,
+            0.1], out of which `tinyflux ema` mixes others after the run. None by default.
         shift_tokens: Latents of a picture (height x width) at which ``shift`` holds; larger
             pictures get more noise, smaller ones less. None: it holds for all.
         snr_kind: Whose min-SNR weight: ``"epsilon"`` prefers noisy times, ``"velocity"`` is that of
@@ -250,6 +254,7 @@ class TrainerConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     tracker_project: str = "tinyflux"
     ema_warmup: bool = True
+    ema_lengths: list[float] = field(default_factory=list)
     shift_tokens: int | None = None
     snr_kind: str = "epsilon"
     async_checkpoints: bool = True
@@ -319,6 +324,12 @@ class TrainerConfig:
             self._require(name, getattr(self, name) > 0, "above 0")
         for name in _NOT_NEGATIVE:
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require(
+            "ema_lengths",
+            all(0 < length < LONGEST_EMA for length in self.ema_lengths)
+            and len(set(self.ema_lengths)) == len(self.ema_lengths),
+            f"different numbers above 0 and below {LONGEST_EMA:.4f}",
+        )
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "between 0 and 1")
 
     def _check_best(self) -> None:

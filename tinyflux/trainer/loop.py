@@ -24,6 +24,7 @@ from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.evaluation import EvaluationRequest
 from tinyflux.trainer.feed import Feed, ReadyStep
 from tinyflux.trainer.meter import LOSSES, StepMeter
+from tinyflux.trainer.power_ema import PowerEMA
 from tinyflux.trainer.recorder import CheckpointKind, Recorder
 from tinyflux.trainer.schedules import lr_at
 from tinyflux.trainer.sharding import rank_and_world
@@ -42,6 +43,7 @@ class TrainLoop:
         ema: this worker's part of it: one of ``engine.shard()``.
         null_text, t_buckets: see :func:`tinyflux.trainer.step.training_loss`.
         recorder: the main worker's; None on the others, which write nothing.
+        power_ema: this worker's part of the power-function averages; left out, there are none.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class TrainLoop:
         null_text: tuple[Tensor, Tensor] | None,
         t_buckets: Tensor,
         recorder: Recorder | None = None,
+        power_ema: PowerEMA | None = None,
     ):
         self.engine, self.config, self.state, self.ema = engine, config, state, ema
         self.recorder = recorder
+        self.power_ema = power_ema or PowerEMA({}, ())
         self.t_buckets = t_buckets.to(engine.device)
         self.null_text = null_text and (
             null_text[0].to(engine.device),
@@ -134,7 +138,9 @@ class TrainLoop:
         norm = self.engine.step(lr_at(self.config, self.state.step))
         # A skipped step is no part of the means.
         self._meter.add_losses(losses, taken=norm.isfinite())
-        self.ema.update(self.engine.shard(), self.config.ema_decay_at(self.state.step))
+        shard = self.engine.shard()
+        self.ema.update(shard, self.config.ema_decay_at(self.state.step))
+        self.power_ema.update(shard, self.state.step + 1)
         return norm
 
     def _advance(self, item: StepData) -> Due:
@@ -184,11 +190,12 @@ class TrainLoop:
             self.recorder.prepare_checkpoint()
         optimizer = self.engine.optimizer_state()
         weights, shadow = self.whole_weights()
+        tracks = self.whole_tracks(weights)
         if self.recorder is None or optimizer is None or weights is None or shadow is None:
             return
         state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
         contents = CheckpointData(
-            self.engine.model, weights, shadow, self.ema.decay, optimizer, state
+            self.engine.model, weights, shadow, self.ema.decay, optimizer, state, tracks
         )
         self.recorder.save(kind, contents, upload)
 
@@ -199,6 +206,22 @@ class TrainLoop:
             return None, None
         # What is not trained is in no worker's part of the EMA.
         return weights, {**weights, **averaged}
+
+    def whole_tracks(
+        self, weights: Mapping[str, Tensor] | None
+    ) -> dict[float, Mapping[str, Tensor]]:
+        """The whole power-function averages by length, on rank 0; called by all workers.
+
+        Args:
+            weights: the whole model's.
+        """
+        tracks = self.power_ema.tracks.items()
+        gathered = {length: self.engine.gather(track.shadow) for length, track in tracks}
+        return {
+            length: {**(weights or {}), **averaged}
+            for length, averaged in gathered.items()
+            if averaged is not None
+        }
 
     def _evaluate_if_missing(self) -> None:
         """Look at the first weights, or at those of a step whose figures were lost with a kill."""

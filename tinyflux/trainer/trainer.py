@@ -31,6 +31,7 @@ from tinyflux.trainer.init_from import FirstWeights, ThisMachine, begin_from, fi
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.picture_figures import PictureFigures
+from tinyflux.trainer.power_ema import PowerEMA
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
@@ -57,6 +58,7 @@ class Trainer:
             self._begin_adapter()
         self._engine = TorchEngine(self.model, config)
         self._ema = EMA(self.model, config.ema_decay)
+        self._power_ema = PowerEMA(self.model, config.ema_lengths)
         self._source: StepSource | None = None
         self._loop: TrainLoop | None = None
 
@@ -150,6 +152,7 @@ class Trainer:
             null_text,
             buckets,
             Recorder(config, paths, InlineEvaluator(evaluator)),
+            self._power_ema,
         )
 
     def _begin_adapter(self) -> None:
@@ -212,8 +215,10 @@ class Trainer:
         state = replace(self._state, seed=self.config.seed, trainer=to_dict(self.config))
         optimizer = self._engine.optimizer_state() or {}
         weights, shadow = self.model.state_dict(), self._ema.shadow
+        tracks = {length: track.shadow for length, track in self._power_ema.tracks.items()}
+        decay = self._ema.decay
         save_checkpoint(
-            path, CheckpointData(self.model, weights, shadow, self._ema.decay, optimizer, state)
+            path, CheckpointData(self.model, weights, shadow, decay, optimizer, state, tracks)
         )
 
     def load_checkpoint(self, path: str) -> None:
@@ -229,12 +234,14 @@ class Trainer:
             began = FirstWeights(**self._state.init_from)
             check_same_base(checkpoint.state, began, f"checkpoint {path}")
         checkpoint.check(self.model)
+        self._power_ema.check(checkpoint.tracks, f"checkpoint {path}")
         # First what may still be refused.
         self._engine.load_optimizer_state(checkpoint.optimizer)
         checkpoint.load_model(self.model)
         # Of a run with an adapter it holds no weights that stay as they are.
         shadow = {**self._ema.shadow, **checkpoint.shadow}
         self._ema.load_state_dict({"decay": self.config.ema_decay, "shadow": shadow})
+        self._power_ema.load(checkpoint.tracks, f"checkpoint {path}")
         if checkpoint.state.seed != self.config.seed:
             logger.warning(
                 "checkpoint %s was trained with seed %d, this run has seed %d: the order of "
