@@ -171,5 +171,7 @@ def test_runs_that_cannot_train_an_adapter_are_refused(tmp_path):
         settings(tmp_path, adapter=LORA)
     with pytest.raises(ConfigError, match="'muon' is for the blocks' own matrices"):
         settings(tmp_path, adapter=LORA, init_from="x", optimizer="muon")
+    with pytest.raises(ConfigError, match=r"trainer\.ema_lengths keeps averages of whole models"):
+        settings(tmp_path, adapter=LORA, init_from="x", ema_lengths=[0.05])
     with pytest.raises(ConfigError, match="does not run under DeepSpeed"):
         check_zero(settings(tmp_path, adapter=LORA, init_from="x"), 2)

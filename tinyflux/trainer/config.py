@@ -367,6 +367,11 @@ class TrainerConfig:
                 "trainer.optimizer 'muon' is for the blocks' own matrices, which trainer.adapter "
                 "leaves as they are: use 'adamw'"
             )
+        if self.ema_lengths:
+            raise ConfigError(
+                "trainer.ema_lengths keeps averages of whole models, and trainer.adapter trains a "
+                "part of one: leave one of them out"
+            )
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:

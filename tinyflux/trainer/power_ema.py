@@ -45,7 +45,8 @@ def power_decay(length: float, step: int) -> float:
     ``(1 - 1 / step) ** (g + 1)``, the paper's equation 5: it is 0 in the first step, so nothing
     of the weights before it is left.
     """
-    return float((1 - 1 / step) ** (exponent(length) + 1))
+    decay: float = (1 - 1 / step) ** (exponent(length) + 1)
+    return decay
 
 
 @dataclass(frozen=True)
