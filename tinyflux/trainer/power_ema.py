@@ -63,7 +63,7 @@ class Profile:
         """The integral of the product of two profiles (the paper's algorithm 3)."""
         a, b = exponent(self.length), exponent(other.length)
         until = min(self.step, other.step)
-        ratios = (until / self.step) ** a * (until / other.step) ** b
+        ratios: float = (until / self.step) ** a * (until / other.step) ** b
         return (a + 1) * (b + 1) / (a + b + 1) * ratios * until / (self.step * other.step)
 
 
