@@ -11,7 +11,8 @@ from tinyflux.cli.main import run_job
 from tinyflux.distributed.mix_ema import write_mixed_ema
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.model.loader import load_model
-from tinyflux.trainer.config import LONGEST_EMA, TrainerConfig
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.config_checks import LONGEST_EMA
 from tinyflux.trainer.mix_ema import mix_ema
 from tinyflux.trainer.power_ema import PowerEMA, Profile, exponent, mixture, power_decay
 from tinyflux.trainer.sharding import part

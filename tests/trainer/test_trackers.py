@@ -13,7 +13,7 @@ import torch
 from tests.fixtures.trainers import make_trainer, weights
 from tinyflux.errors import ConfigError, MissingDependencyError
 from tinyflux.trainer import trackers
-from tinyflux.trainer.config import TRACKERS
+from tinyflux.trainer.config_checks import TRACKERS
 from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.trainer import TrainerConfig
 

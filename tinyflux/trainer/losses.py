@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinyflux.errors import ConfigError, InputError
-from tinyflux.trainer.config import LUNE_MODES, SNR_KINDS
+from tinyflux.trainer.config_checks import LUNE_MODES, SNR_KINDS
 
 
 def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:

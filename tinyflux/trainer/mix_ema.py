@@ -12,7 +12,7 @@ from torch import Tensor
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.run_dir import length_of_track
 from tinyflux.trainer.checkpoint_state import read_state
-from tinyflux.trainer.config import LONGEST_EMA
+from tinyflux.trainer.config_checks import LONGEST_EMA
 from tinyflux.trainer.power_ema import Mixture, Profile, mixture
 from tinyflux.util.files import file_sha256
 
