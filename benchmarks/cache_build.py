@@ -31,7 +31,8 @@ from tinyflux.cache.job import BuildConfigs
 from tinyflux.cache.keys import digest_of, sample_key
 from tinyflux.cache.sources import decode_picture
 from tinyflux.distributed.build import RayRunner
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
+from tinyflux.model.presets import preset
 from tinyflux.toy.draw_icons import icons_of_size
 from tinyflux.toy.icons import write_icon_files
 from tinyflux.toy.world import SHIPPED

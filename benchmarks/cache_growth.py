@@ -36,7 +36,8 @@ from tinyflux.cache.runner import LocalRunner
 from tinyflux.cache.schema import KEY
 from tinyflux.cache.shards import write_group, write_null_text
 from tinyflux.cache.verify import verify
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
+from tinyflux.model.presets import preset
 
 SIZES = (1_000, 10_000, 100_000)
 

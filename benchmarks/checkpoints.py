@@ -34,8 +34,9 @@ import torch
 from record import add_json_option, record
 
 from tinyflux.data.batches import StepData, TrainBatch
-from tinyflux.model.config import TinyFluxConfig, preset
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.run_dir import CHECKPOINT_STATE
 from tinyflux.trainer.checkpoint_folder import step_directory
 from tinyflux.trainer.checkpoint_state import TrainerState

@@ -31,9 +31,10 @@ from record import add_json_option, record
 from tinyflux.distributed.ray_session import ensure_ray
 from tinyflux.inference.engine import ImageEngine
 from tinyflux.inference.request import SampleRequest
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine

@@ -25,7 +25,8 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.build import build_cache
 from tinyflux.distributed.config import ClusterConfig, WorkersConfig
 from tinyflux.distributed.train import train
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
+from tinyflux.model.presets import preset
 from tinyflux.plan.plan import make_plan
 from tinyflux.toy.icons import SHIPPED as ICONS
 from tinyflux.toy.icons import TRAIN, in_demo, read_icons, write_icon_files

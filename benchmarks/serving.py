@@ -61,9 +61,10 @@ from tinyflux.inference.sampler import (
     sample_grid,
 )
 from tinyflux.inference.solvers import Trajectory
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import load_model, save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine

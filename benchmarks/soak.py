@@ -44,9 +44,10 @@ from tinyflux.inference.engine import ImageEngine
 from tinyflux.inference.events import Drawn
 from tinyflux.inference.request import SampleRequest
 from tinyflux.inference.solvers import SOLVERS
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.loader import save_model
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.serving.app import build_app
 from tinyflux.serving.config import ServeConfig
 from tinyflux.serving.engine import open_engine

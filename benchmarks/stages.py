@@ -15,8 +15,9 @@ from record import add_json_option, record
 from tinyflux.cache.extract import Extractor
 from tinyflux.data.batches import TrainBatch
 from tinyflux.inference.sampler import Sampler
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine

@@ -36,8 +36,9 @@ from tinyflux.data.reader import StepReader
 from tinyflux.distributed.build import build_cache
 from tinyflux.distributed.config import WorkersConfig
 from tinyflux.distributed.train import train
-from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
+from tinyflux.model.config import TinyFluxConfig, ZooConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.toy.icons import SHIPPED as ICONS
 from tinyflux.toy.icons import TRAIN, in_demo, read_icons, write_icon_files
 from tinyflux.toy.world import SHIPPED

@@ -23,8 +23,9 @@ from torch.multiprocessing.spawn import spawn
 from tinyflux.data.batches import StepData, TrainBatch
 from tinyflux.distributed.deepspeed import DeepSpeedEngine
 from tinyflux.distributed.memory import worker_bytes
-from tinyflux.model.config import TinyFluxConfig, preset
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA

@@ -22,7 +22,7 @@ from tinyflux.config import (
 )
 from tinyflux.distributed.config import SampleConfig
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import PRESETS, preset
+from tinyflux.model.presets import PRESETS, preset
 from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 

@@ -21,7 +21,8 @@ from tinyflux.cache.config import CacheConfig, DataConfig, MixSource
 from tinyflux.distributed.config import ClusterConfig, SampleConfig, WorkersConfig
 from tinyflux.errors import ConfigError
 from tinyflux.evaluation.config import EvaluateConfig
-from tinyflux.model.config import TinyFluxConfig, ZooConfig, preset
+from tinyflux.model.config import TinyFluxConfig, ZooConfig
+from tinyflux.model.presets import preset
 from tinyflux.serving.config import ServeConfig
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import config as plain

@@ -21,8 +21,9 @@ from tinyflux.distributed.run_lock import claimed
 from tinyflux.distributed.start import check_places
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import CheckpointError, ConfigError, TrainingError
-from tinyflux.model.config import ZooConfig, preset
+from tinyflux.model.config import ZooConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.trainer.checkpoint import CheckpointData, save_checkpoint
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig

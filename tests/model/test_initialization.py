@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tests.fixtures.worlds import student_config
-from tinyflux.model.config import preset
 from tinyflux.model.initialization import draw_by_name
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 
 
 def drawn(config, seed=5, before=0):

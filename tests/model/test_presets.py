@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.fixtures.students import make_batch
-from tinyflux.model.config import preset
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import token_grid
+from tinyflux.model.presets import preset
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.engine import TorchEngine

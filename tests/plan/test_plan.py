@@ -20,8 +20,9 @@ from tinyflux.config import RunConfig
 from tinyflux.distributed.config import GB, ClusterConfig, WorkersConfig
 from tinyflux.distributed.memory import sent_bytes
 from tinyflux.errors import ConfigError
-from tinyflux.model.config import TinyFluxConfig, preset
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.presets import preset
 from tinyflux.model.pretrained import SD15_UNET
 from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.plan import encoders

@@ -8,19 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyflux.errors import InputError
-from tinyflux.model.config import PRESETS, TinyFluxConfig, preset
+from tinyflux.model.attention import AttentionPrior, SpatialModulation, TextQKV
+from tinyflux.model.blocks import DoubleStreamBlock, SingleStreamBlock
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.embeddings import RotaryEmbedding, TimestepEmbedder
 from tinyflux.model.experts import LunePredictor, SolPrior, SolUnits
-from tinyflux.model.layers import (
-    AdaLayerNorm,
-    AttentionPrior,
-    DoubleStreamBlock,
-    RMSNorm,
-    RotaryEmbedding,
-    SingleStreamBlock,
-    SpatialModulation,
-    TextQKV,
-    TimestepEmbedder,
-)
+from tinyflux.model.layers import AdaLayerNorm, RMSNorm
+from tinyflux.model.presets import PRESETS, preset
 
 __all__ = ["PRESETS", "TinyFluxConfig", "TinyFluxDeep", "preset"]
 
