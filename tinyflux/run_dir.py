@@ -25,6 +25,7 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_STATE = "trainer_state.json"
 CHECKPOINT_EMA = "ema.safetensors"
 CHECKPOINT_OPTIMIZER = "optimizer.safetensors"
+CHECKPOINT_PROJECTORS = "projectors.safetensors"
 _TRACK = ("ema_", ".safetensors")
 METRICS = "metrics.jsonl"
 BEST = "best.json"

@@ -1,6 +1,6 @@
 """Real DeepSpeed on real process groups, without Ray: every ZeRO stage trains like plain torch.
 
-Slow: seven processes import torch and DeepSpeed, and train some 160 times four steps.
+Slow: seven processes import torch and DeepSpeed, and train some 190 times four steps.
 """
 
 import os
@@ -16,6 +16,7 @@ from tests.fixtures.students import MODEL, make_batch
 from tinyflux.data.batches import StepData
 from tinyflux.errors import ConfigError
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.align_config import AlignConfig
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
     load_checkpoint,
@@ -27,6 +28,7 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.power_ema import PowerEMA
+from tinyflux.trainer.projectors import load_projectors, with_projectors
 from tinyflux.util.buckets import default_buckets
 
 pytest.importorskip("deepspeed")
@@ -50,6 +52,22 @@ CONFIG = TrainerConfig(
 
 # Two groups of parameters, which ZeRO shards each for itself.
 DECAY = {"decay_matrices_only": True, "weight_decay": 0.5}
+# One of which ends in the middle of the first steps, the other in the middle of those after them.
+# Their gradients are large enough to be clipped, by norms that are added up in other orders.
+ALIGN = {
+    "grad_clip": 0.0,
+    "align": [
+        AlignConfig("latents", 1, stop=0.25),
+        AlignConfig("latents", 2, projector="conv", loss="smooth_l1", stop=0.75),
+    ],
+}
+# A hundredth of a step, where gradients are added up in another order: AdamW makes much of the
+# roundings of those that are near its epsilon, as with blocks that begin as identities.
+ALIGN_CLOSE = 1e-5
+
+
+def settings(arm):
+    return replace(CONFIG, **arm.get("settings", {}))
 
 
 def batch_at(step):
@@ -69,10 +87,13 @@ def build(arm, checkpoint):
     if checkpoint is not None:
         checkpoint.check(model)
         checkpoint.load_model(model)
-    config = replace(CONFIG, **arm.get("settings", {}))
+    config = settings(arm)
+    module = with_projectors(model, config)
+    if checkpoint is not None:
+        load_projectors(module, checkpoint.projectors, str(checkpoint.path))
     if "stage" not in arm:
-        return TorchEngine(model, config)
-    return DeepSpeedEngine(model, config, arm["stage"], arm.get("offload", False))
+        return TorchEngine(module, config)
+    return DeepSpeedEngine(module, config, arm["stage"], arm.get("offload", False))
 
 
 def worker(rank, world, port, arms, folder):
@@ -96,7 +117,9 @@ def worker(rank, world, port, arms, folder):
             tracks = checkpoint.tracks.items()
             power_ema.load({length: dict(engine.split(track)) for length, track in tracks}, start)
             engine.load_optimizer_state(checkpoint.optimizer)
-        loop = TrainLoop(engine, CONFIG, state, ema, None, default_buckets(), power_ema=power_ema)
+        loop = TrainLoop(
+            engine, settings(arm), state, ema, None, default_buckets(), power_ema=power_ema
+        )
         for step in range(state.step, state.step + STEPS):
             whole = batch_at(step)
             mine = cut(range(BATCH), world)[rank]
@@ -109,12 +132,12 @@ def worker(rank, world, port, arms, folder):
             state.step += 1
         weights, shadow = loop.whole_weights()
         tracks = loop.whole_tracks(weights)
-        optimizer = engine.optimizer_state()
+        optimizer, projectors = engine.optimizer_state(), engine.projectors()
         if rank == 0:
-            save_checkpoint(
-                folder / name,
-                CheckpointData(engine.model, weights, shadow, ema.decay, optimizer, state, tracks),
+            contents = CheckpointData(
+                engine.model, weights, shadow, ema.decay, optimizer, state, tracks, projectors
             )
+            save_checkpoint(folder / name, contents)
     dist.destroy_process_group()
 
 
@@ -129,7 +152,7 @@ def assert_same(folder, names, close):
     first = load_checkpoint(folder / names[0])
     for name in names[1:]:
         other = load_checkpoint(folder / name)
-        for kind in ("model", "shadow", "optimizer", "tracks"):
+        for kind in ("model", "shadow", "optimizer", "tracks", "projectors"):
             torch.testing.assert_close(
                 getattr(other, kind), getattr(first, kind), rtol=0, atol=close, msg=f"{name} {kind}"
             )
@@ -148,6 +171,9 @@ def trained(tmp_path_factory):
     arms["decayed-torch"] = {"settings": DECAY}
     arms |= {f"decayed{stage}": {"stage": stage, "settings": DECAY} for stage in range(4)}
     arms["decayed-offload2"] = {"stage": 2, "offload": True, "settings": DECAY}
+    arms["aligned-torch"] = {"settings": ALIGN}
+    arms |= {f"aligned{stage}": {"stage": stage, "settings": ALIGN} for stage in range(4)}
+    arms["aligned-accumulated3"] = {"stage": 3, "accumulate": 2, "settings": ALIGN}
     run(folder, 1, {f"one-{name}": arm for name, arm in arms.items()})
     run(folder, 2, {f"two-{name}": arm for name, arm in arms.items()})
     return folder
@@ -166,6 +192,15 @@ def test_every_stage_trains_like_plain_torch(trained, world):
         load_checkpoint(trained / f"{world}-{name}").model for name in ("decayed2", "torch")
     )
     assert not torch.equal(spared["img_in.weight"], everything["img_in.weight"])
+    aligned = ["aligned-torch", *(f"aligned{stage}" for stage in range(3))]
+    assert_same(trained, [f"{world}-{name}" for name in aligned], ULPS)
+    # Stage 3 adds up the gradients of a block's tokens, which two modules read, in another order.
+    for name in ("aligned3", "aligned-accumulated3"):
+        assert_same(trained, [f"{world}-aligned-torch", f"{world}-{name}"], ALIGN_CLOSE)
+    beside = load_checkpoint(trained / f"{world}-aligned3")
+    assert len(beside.projectors) == 8
+    assert beside.model.keys() == everything.keys() == beside.shadow.keys()
+    assert not torch.equal(beside.model["img_in.weight"], everything["img_in.weight"])
 
 
 def test_nothing_is_compiled_at_the_start(trained):
@@ -176,6 +211,8 @@ def test_nothing_is_compiled_at_the_start(trained):
 def test_two_workers_train_like_one(trained):
     for name in ("torch", "zero1", "zero2", "zero3", "frozen3"):
         assert_same(trained, [f"one-{name}", f"two-{name}"], 1e-6)
+    for name in ("aligned-torch", "aligned3"):
+        assert_same(trained, [f"one-{name}", f"two-{name}"], ALIGN_CLOSE)
 
 
 def test_a_checkpoint_of_any_stage_continues_at_any_stage_and_size(trained):
@@ -187,13 +224,19 @@ def test_a_checkpoint_of_any_stage_continues_at_any_stage_and_size(trained):
         f"decayed-as-{name}": {**arm, "from": "two-decayed3", "settings": DECAY}
         for name, arm in ways
     }
-    arms |= decayed
+    aligned = {
+        f"aligned-as-{name}": {**arm, "from": "two-aligned3", "settings": ALIGN}
+        for name, arm in ways
+    }
+    arms |= decayed | aligned
     run(trained, 1, {f"{name}-on-one": arm for name, arm in arms.items()})
     run(trained, 3, {f"{name}-on-three": arm for name, arm in arms.items()})
     names = [f"{name}-on-{size}" for name in arms for size in ("one", "three")]
     assert load_checkpoint(trained / names[0]).state.step == 2 * STEPS
-    assert_same(trained, [name for name in names if not name.startswith("decayed")], 2e-6)
-    assert_same(trained, [name for name in names if name.startswith("decayed")], 2e-6)
+    kinds = {"decayed": 2e-6, "aligned": ALIGN_CLOSE}
+    assert_same(trained, [name for name in names if not name.startswith(tuple(kinds))], 2e-6)
+    for kind, close in kinds.items():
+        assert_same(trained, [name for name in names if name.startswith(kind)], close)
 
 
 def test_what_cannot_be_sharded_is_refused_in_one_sentence():

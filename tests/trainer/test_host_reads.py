@@ -8,6 +8,7 @@ from tests.fixtures.students import make_batch, student
 from tests.fixtures.trainers import NULL_TEXT, make_trainer, settings
 from tinyflux.data.batches import StepData
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.align_config import AlignConfig
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.draws import Conditions
 from tinyflux.trainer.ema import EMA
@@ -52,7 +53,8 @@ def test_a_micro_batch_made_ready_ahead_copies_nothing(tmp_path, ahead):
 
 
 def test_what_is_made_ready_ahead_is_what_is_made_at_once(tmp_path):
-    config = settings(tmp_path, text_dropout=0.3)
+    control = AlignConfig("latents", 1, shuffle=True)
+    config = settings(tmp_path, text_dropout=0.3, align=[control])
     feed = Feed(torch.device("cpu"), config)
     data = [StepData([make_batch(seed=seed)[:5]], seed, 0, 0, 5) for seed in range(6)]
     ahead = list(feed.steps(iter(data)))

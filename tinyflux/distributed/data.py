@@ -13,6 +13,14 @@ from tinyflux.trainer.sharding import rank_and_world
 def check_batch_size(config: TrainerConfig, num_workers: int) -> None:
     """Refuse a global batch with too few samples for its parts with a :class:`ConfigError`."""
     parts = num_workers * config.gradient_accumulation
+    shuffled = any(target.shuffle for target in config.align)
+    if shuffled and config.batch_size < 2 * parts:
+        raise ConfigError(
+            f"trainer.align shuffles targets among the samples of a micro-batch, and of "
+            f"trainer.batch_size = {config.batch_size} over workers.num_workers * "
+            f"trainer.gradient_accumulation = {parts} some are of 1 sample: raise it to "
+            f"{2 * parts}"
+        )
     if config.batch_size < parts:
         raise ConfigError(
             f"trainer.batch_size = {config.batch_size} must be at least workers.num_workers "

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO under the training loop."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tinyflux.distributed.memory import bucket_elements
 from tinyflux.distributed.zero_state import ZeroState
 from tinyflux.errors import ConfigError, MissingDependencyError
-from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.weights import as_module, plain_name
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import (
     SkipCounter,
@@ -19,8 +19,10 @@ from tinyflux.trainer.engine import (
     average,
     prepare_model,
     trainable_names,
+    trained_parameters,
 )
 from tinyflux.trainer.optimizers import build_optimizer
+from tinyflux.trainer.projectors import projector_tensors
 from tinyflux.trainer.sharding import gather, part_size, parts_of, rank_and_world
 
 
@@ -53,13 +55,13 @@ class DeepSpeedEngine:
 
     Args:
         zero_stage: what is sharded: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
-            too, so that ``model`` holds none of them between steps.
+            too, so that ``module`` holds none of them between steps.
         offload: keep the optimizer's state in CPU memory.
     """
 
     def __init__(
         self,
-        model: TinyFluxDeep,
+        module: nn.Module,
         config: TrainerConfig,
         zero_stage: int = 2,
         offload: bool = False,
@@ -72,28 +74,30 @@ class DeepSpeedEngine:
                 "workers.engine 'deepspeed' needs the package deepspeed: pip install deepspeed, "
                 "or use 'torch'"
             ) from error
-        self.model = prepare_model(model, config)
-        self.device = next(model.parameters()).device
+        self.model = prepare_model(as_module(module), config)
+        self.device = next(module.parameters()).device
         self.skips = SkipCounter(self.device)
+        self._module = module
         self._config, self._stage, self._offload = config, zero_stage, offload
-        self._names = trainable_names(model)
-        self._parameters = model.get_trainable_parameters()
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._names = trainable_names(self.model)  # of the EMA
+        trained = trained_parameters(module)
+        self._parameters = list(trained.values())
+        self._shapes = {plain_name(name): one.shape for name, one in module.named_parameters()}
         # Its collective for inference on CPUs, which nothing here calls, would be compiled at every
         # node's first start, under a lock file that outlives a killed process and then blocks all.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Wraps the process group that is there; DeepSpeed's calls need it.
         deepspeed.init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
-        with _broadcast_scalars(model, widen=zero_stage == 3):
+        with _broadcast_scalars(module, widen=zero_stage == 3):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=_Autocast(model, self.device, config.dtype),
+                model=_Autocast(module, self.device, config.dtype),
                 model_parameters=self._parameters,
                 optimizer=build_optimizer(self._parameters, config),
                 config=self._settings(),
                 dist_init_required=False,
             )
         self._state = ZeroState(
-            self._optimizer, self._names, self._parameters, self._shapes, zero_stage
+            self._optimizer, list(trained), self._parameters, self._shapes, zero_stage
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -163,7 +167,7 @@ class DeepSpeedEngine:
 
     def _parts(self, names: Iterable[str]) -> dict[str, Tensor]:
         """This worker's parts of parameters, as they are now."""
-        parameters = dict(self.model.named_parameters())
+        parameters = {plain_name(name): one for name, one in self._module.named_parameters()}
         if self._stage < 3:
             return parts_of(parameters, names)
         rank, world = rank_and_world()
@@ -182,9 +186,17 @@ class DeepSpeedEngine:
     def weights(self) -> Mapping[str, Tensor] | None:
         if self._stage < 3:
             return self.model.state_dict() if dist.get_rank() == 0 else None
-        whole = gather(self._parts(self._shapes), self._shapes)
+        whole = self._gathered([name for name, _ in self.model.named_parameters()])
         # Buffers are whole on every worker.
         return whole and {n: whole.get(n, t) for n, t in self.model.state_dict().items()}
+
+    def projectors(self) -> Mapping[str, Tensor] | None:
+        if self._stage < 3:
+            return projector_tensors(self._module.state_dict()) if dist.get_rank() == 0 else None
+        return self._gathered(list(projector_tensors(self._shapes)))
+
+    def _gathered(self, names: Sequence[str]) -> dict[str, Tensor] | None:
+        return gather(self._parts(names), {name: self._shapes[name] for name in names})
 
     def optimizer_state(self) -> dict[str, Tensor] | None:
         return self._state.whole()
@@ -194,13 +206,13 @@ class DeepSpeedEngine:
 
 
 @contextmanager
-def _broadcast_scalars(model: nn.Module, widen: bool) -> Iterator[None]:
+def _broadcast_scalars(module: nn.Module, widen: bool) -> Iterator[None]:
     """Send rank 0's scalars to all and keep DeepSpeed from it.
 
     DeepSpeed sends its tensors as bytes, and torch cannot view a 0-d tensor so. ZeRO-3 insists on
     it, so there scalars become ``[1]``, which broadcasts alike.
     """
-    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
     for parameter in scalars:
         if widen:
             parameter.data = parameter.data.reshape(1)
@@ -214,13 +226,13 @@ def _broadcast_scalars(model: nn.Module, widen: bool) -> Iterator[None]:
 
 
 class _Autocast(nn.Module):
-    """The model under autocast from the inside: DeepSpeed turns off one that surrounds it."""
+    """The module under autocast from the inside: DeepSpeed turns off one that surrounds it."""
 
-    def __init__(self, model: TinyFluxDeep, device: torch.device, dtype: torch.dtype):
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.model = model
+        self.module = module
         self._device, self._dtype = device, dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with autocast(self._device, self._dtype):
-            return self.model(*args, **kwargs)
+            return self.module(*args, **kwargs)

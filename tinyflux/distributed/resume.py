@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 
 import torch
+from torch import nn
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader
@@ -22,6 +23,7 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.init_from import WeightsFile, begin_from
 from tinyflux.trainer.power_ema import PowerEMA
+from tinyflux.trainer.projectors import check_same_targets, load_projectors, with_projectors
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def prepare_student(
     config = job.trainer
     if checkpoint is not None:
         check_same_adapter(checkpoint.state, config, f"the run in {job.run_dir}")
+        check_same_targets(checkpoint.state, config, f"the run in {job.run_dir}")
     if config.adapter is not None:
         assert init_from is not None  # TrainerConfig sees to it
         begun = begin_adapter(init_from, model, config, AnyPlace())
@@ -82,6 +85,20 @@ def prepare_student(
     if config.enable_sol and model.sol_units is not None and not model.sol_units.measured:
         measure_sol(model.sol_units, reader)
     return state
+
+
+def prepare_module(
+    model: TinyFluxDeep, checkpoint: Checkpoint | None, config: TrainerConfig
+) -> nn.Module:
+    """What the engine trains: ``model`` and its projectors, a checkpoint's where it goes on.
+
+    Raises:
+        CheckpointError: the checkpoint's do not fit.
+    """
+    module = with_projectors(model, config)
+    if checkpoint is not None:
+        load_projectors(module, checkpoint.projectors, f"checkpoint {checkpoint.path}")
+    return module
 
 
 def prepare_ema(engine: Engine, decay: float, checkpoint: Checkpoint | None) -> EMA:

@@ -14,6 +14,7 @@ from tinyflux.distributed.run_lock import claimed
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.errors import ConfigError, TrainingError
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.trainer.align_config import check_blocks
 from tinyflux.trainer.checkpoint_search import checkpoints_by_step
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.init_from import check_fits, find_weights
@@ -53,6 +54,7 @@ def check_job(job: TrainingJob) -> None:
     check_batch_size(job.trainer, job.workers.num_workers)
     if job.workers.engine == "deepspeed":
         check_zero(job.trainer, job.workers.zero_stage, job.workers.offload)
+    check_blocks(job.trainer.align, job.model.num_blocks)
     check_trackers(job.trainer.trackers)
     check_places(job.trainer, job.run_dir)
     job.open_data(check_files=True)

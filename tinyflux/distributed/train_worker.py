@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
+from torch import nn
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.deepspeed import DeepSpeedEngine
@@ -39,12 +40,12 @@ class RayTraining(Training):
         told: str | None = broadcast_from_rank_zero(name)
         return told
 
-    def build_engine(self, model: TinyFluxDeep) -> Engine:
+    def build_engine(self, module: nn.Module) -> Engine:
         """See :meth:`Training.build_engine`."""
         workers = self.job.workers
         if workers.engine == "torch":
-            return super().build_engine(model)
-        return DeepSpeedEngine(model, self.job.trainer, workers.zero_stage, workers.offload)
+            return super().build_engine(module)
+        return DeepSpeedEngine(module, self.job.trainer, workers.zero_stage, workers.offload)
 
     def build_evaluations(self, model: TinyFluxDeep, ema: EMA, data: CacheMixture) -> Evaluations:
         """Where the weights are looked at: in a process of its own, from copies."""

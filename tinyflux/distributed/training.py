@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.distributed.evaluation import build_local_evaluator, is_evaluated
@@ -15,6 +16,7 @@ from tinyflux.distributed.resume import (
     find_checkpoint,
     first_weights,
     prepare_ema,
+    prepare_module,
     prepare_power_ema,
     prepare_student,
 )
@@ -52,9 +54,9 @@ class Training:
         """What the main worker says, on every worker."""
         return name
 
-    def build_engine(self, model: TinyFluxDeep) -> Engine:
-        """What runs the steps."""
-        return TorchEngine(model, self.job.trainer)
+    def build_engine(self, module: nn.Module) -> Engine:
+        """What runs the steps of the student, or of it and its projectors."""
+        return TorchEngine(module, self.job.trainer)
 
     def build_evaluations(self, model: TinyFluxDeep, ema: EMA, data: CacheMixture) -> Evaluations:
         """Where the main worker has its weights looked at: here, while training waits."""
@@ -76,7 +78,7 @@ class Training:
         needed = checkpoint is None or config.adapter is not None
         first = self._agree_on_first_weights() if needed else None
         state = prepare_student(model, checkpoint, first, job, data, reader)
-        engine = self.build_engine(model)
+        engine = self.build_engine(prepare_module(model, checkpoint, config))
         ema = prepare_ema(engine, config.ema_decay, checkpoint)
         power_ema = prepare_power_ema(engine, config, checkpoint)
         del checkpoint  # its tensors

@@ -143,6 +143,11 @@ class TinyFluxConfig:
         """Channels of an image token: those of its latents."""
         return self.in_channels * self.patch_size**2
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that an image token passes, double and single ones."""
+        return self.num_double_layers + self.num_single_layers
+
     def __post_init__(self) -> None:
         self.t5_layers = tuple(self.t5_layers)
         self.axes_dims_rope = tuple(self.axes_dims_rope)

@@ -1,5 +1,6 @@
 """TinyFluxDeep, the student: a rectified-flow transformer guided by two distilled experts."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ class TinyFluxDeep(nn.Module):
         lune_mask: Tensor | None = None,
         sol_mask: Tensor | None = None,
         grid: tuple[int, int] | None = None,
+        return_blocks: Collection[int] = (),
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Predict the velocity of noised latents.
 
@@ -153,16 +155,20 @@ class TinyFluxDeep(nn.Module):
             lune_features: ``[B, lune_expert_dim]`` of the teacher, used instead of the prediction.
             sol_stats: ``[B, sol_num_stats]`` of the teacher.
             sol_spatial: ``[B, sol_spatial_size, sol_spatial_size]`` of the teacher.
-            return_expert_pred: also return the experts' predictions.
+            return_expert_pred: also return the experts' predictions, and what ``return_blocks``
+                asks for.
             lune_mask, sol_mask: ``[B]`` bool, which samples use the teacher's features; default
                 all.
             grid: ``(h, w)`` with ``h * w = N``. Left out it is read from ``img_ids``, which on a
                 GPU waits for it; loops pass it.
+            return_blocks: numbers of blocks, counted from 1 over the double and then the single
+                ones, whose image tokens are in the dict as well.
 
         Returns:
             ``[B, N, C]`` velocity; with ``return_expert_pred`` also a dict of ``lune_pred``
             ``[B, lune_expert_dim]``, ``sol_stats_pred`` ``[B, sol_num_stats]`` and
-            ``sol_spatial_pred`` ``[B, s, s]`` (those of the experts the model has).
+            ``sol_spatial_pred`` ``[B, s, s]`` (those of the experts the model has), and
+            :func:`tokens_after` each of ``return_blocks``, ``[B, N, hidden_size]``.
 
         Raises:
             InputError: shapes that do not fit the config or each other.
@@ -201,15 +207,19 @@ class TinyFluxDeep(nn.Module):
         rope = self.rope(ids)
         seen = self._seen(text, img.shape[1])
         shared = self.txt_qkv if self.config.use_cross_attention_sharing else None
-        for block in self.double_blocks:
+        for number, block in enumerate(self.double_blocks, start=1):
             txt, img = self._run(block, txt, img, vec, rope, prior, shared, seen)
+            if number in return_blocks:
+                experts[tokens_after(number)] = img
 
         num_text = txt.shape[1]
         # Text tokens stand at position 0 of every axis.
         rope = self.rope(F.pad(ids, (0, 0, num_text, 0)))
         x = torch.cat([txt, img], dim=1)
-        for block in self.single_blocks:
+        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks) + 1):
             x = self._run(block, x, vec, rope, prior, num_text, seen)
+            if number in return_blocks:
+                experts[tokens_after(number)] = x[:, num_text:]
 
         velocity = self.final_linear(self.final_norm(x[:, num_text:]))
         return (velocity, experts) if return_expert_pred else velocity
@@ -271,6 +281,11 @@ class TinyFluxDeep(nn.Module):
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that are not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def tokens_after(block: int) -> str:
+    """The name of the image tokens after a block, counted from 1, in a forward's dict."""
+    return f"tokens_{block}"
 
 
 def _padding(text: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def _bytes_by_kind(work: StepWork, run: RunConfig, stage: int) -> dict[str, floa
     )
     if run.trainer.optimizer != "adamw":  # under plain torch, which cuts no state
         kinds["moments"] = work.moment_bytes(run.trainer.optimizer)
+    kinds["ema"] -= FP32 * (work.projectors // workers.num_workers)
     kinds["ema"] *= 1 + len(run.trainer.ema_lengths)
     if workers.offload and stage:
         for kind in ON_CPU_WITH_OFFLOAD:
@@ -70,7 +71,8 @@ def _bytes_by_kind(work: StepWork, run: RunConfig, stage: int) -> dict[str, floa
     kinds["activations"] = work.activation_bytes
     kinds["buffers"] = buffer_bytes(work.parameters, work.largest, stage)
     if workers.use_gpu and 0 < workers.evaluator_gpus < 1 and _evaluates(run.trainer):
-        kinds["evaluator"] = 2 * FP32 * work.parameters  # weights and EMA; its encoders come on top
+        # Weights and EMA; its encoders come on top.
+        kinds["evaluator"] = 2 * FP32 * (work.parameters - work.projectors)
     kinds["reserve"] = GPU_RESERVE if workers.use_gpu else PROCESS
     return kinds
 

@@ -14,6 +14,7 @@ from tinyflux.distributed.memory import FP32, sent_bytes
 from tinyflux.errors import ConfigError
 from tinyflux.plan.cache import CachePlan
 from tinyflux.plan.memory import plan_memory
+from tinyflux.plan.projectors import add_projectors
 from tinyflux.plan.work import StepWork, calibrate, step_work
 from tinyflux.util.config import dtype_name
 from tinyflux.util.device import resolve_device
@@ -84,7 +85,8 @@ def plan_training(run: RunConfig, cache: CachePlan, calibrated: bool) -> Trainin
     stages, stage = _stages(run)
     nodes, workers_per_node = _nodes(workers, run.cluster)
     micro_batch = -(-trainer.batch_size // (workers.num_workers * trainer.gradient_accumulation))
-    work = step_work(run.model, trainer, micro_batch, cache.grid)
+    student = step_work(run.model, trainer, micro_batch, cache.grid)
+    work = add_projectors(student, run.model, trainer, micro_batch, cache.grid)
     memory = plan_memory(run, work, stages, stage, micro_batch, workers_per_node)
     link = run.cluster.network if nodes > 1 else run.cluster.link_gb_per_s * GB
     seconds, origin = _seconds(run, work, micro_batch, cache.grid, calibrated)
@@ -94,7 +96,7 @@ def plan_training(run: RunConfig, cache: CachePlan, calibrated: bool) -> Trainin
     fitting = memory.fitting if memory.limit else stages
     return TrainingPlan(
         origin=origin,
-        parameters=work.parameters,
+        parameters=student.parameters,
         workers=workers.num_workers,
         nodes=nodes,
         micro_batch=micro_batch,
@@ -181,7 +183,7 @@ def _plan_checkpoint(
     run: RunConfig, work: StepWork, stage: int, step_seconds: float, link: float
 ) -> _Checkpoint:
     trainer, count = run.trainer, run.workers.num_workers
-    averages = (1 + len(trainer.ema_lengths)) * work.trainable
+    averages = (1 + len(trainer.ema_lengths)) * (work.trainable - work.projectors)
     size = FP32 * (work.parameters + averages) + work.moment_bytes(trainer.optimizer)
     gathered = size if stage == 3 else size - FP32 * work.parameters
     gathering = gathered * (count - 1) / count / link
@@ -194,7 +196,8 @@ def _plan_checkpoint(
     elif saved and every:
         # The next one waits for the one before.
         stall += max(0.0, writing - every * step_seconds)
-    kept = min(saved, trainer.keep_last_n_steps) * size + 2 * FP32 * work.parameters
+    final = 2 * FP32 * (work.parameters - work.projectors)
+    kept = min(saved, trainer.keep_last_n_steps) * size + final
     return _Checkpoint(size, gathering + writing, stall, saved, kept)
 
 

@@ -7,11 +7,11 @@ config and option (checkpointing, precision) and need no formula of their own.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import (
@@ -29,6 +29,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.dropout import install
 from tinyflux.trainer.engine import TorchEngine
 from tinyflux.trainer.optimizers import is_block_matrix
+from tinyflux.trainer.projectors import with_projectors
 from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
 
@@ -60,11 +61,12 @@ class StepWork:
     """Of one micro-batch on one worker.
 
     Attributes:
-        parameters, trainable: of the model; ``matrices``: of those of its blocks that are trained;
-            ``factors``: rows' and columns' means of those that are trained; ``largest``: of its
-            largest tensor.
+        parameters, trainable: of the model and of what is trained beside it; ``matrices``: of those
+            of its blocks that are trained; ``factors``: rows' and columns' means of those that are
+            trained; ``largest``: of the largest tensor.
         flops: forward and backward, what checkpointing computes again included.
         activation_bytes: that the backward pass keeps, weights in half precision included.
+        projectors: parameters that are trained beside the model, and are no part of it.
     """
 
     parameters: int
@@ -74,6 +76,7 @@ class StepWork:
     largest: int
     flops: int
     activation_bytes: int
+    projectors: int = 0
 
     def moment_bytes(self, optimizer: str) -> int:
         """What ``trainer.optimizer`` keeps of all trained parameters.
@@ -91,7 +94,7 @@ class StepWork:
 def step_work(
     config: TinyFluxConfig, trainer: TrainerConfig, micro_batch: int, grid: tuple[int, int]
 ) -> StepWork:
-    """Work of a micro-batch of ``grid`` (height, width) latents.
+    """A student's work of a micro-batch of ``grid`` (height, width) latents, without projectors.
 
     Blocks of a kind are alike: one of each is counted, then a second, for what each more adds.
     """
@@ -157,28 +160,16 @@ def count_step(
         model = TinyFluxDeep(config).train()
         if trainer.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage  # held, so that no other gets its address
-            return tensor
+        def loss() -> Tensor:
+            inputs = _inputs(config, micro_batch, tokens)
+            velocity, experts = model(*inputs, return_expert_pred=True, grid=tokens)
+            return sum(
+                (part.float().square().mean() for part in (velocity, *experts.values())),
+                torch.zeros(()),
+            )
 
-        with flop_counter() as counter:
-            with (
-                saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", trainer.dtype, enabled=trainer.dtype != torch.float32),
-            ):
-                inputs = _inputs(config, micro_batch, tokens)
-                velocity, experts = model(*inputs, return_expert_pred=True, grid=tokens)
-                loss = sum(
-                    (part.float().square().mean() for part in (velocity, *experts.values())),
-                    torch.zeros(()),
-                )
-            size = sum(storage.nbytes() for storage in kept.values())
-            loss.backward()
+        flops, size = count_loss(loss, model.parameters(), trainer.dtype)
         counts = [parameter.numel() for parameter in model.parameters()]
         return StepWork(
             sum(counts),
@@ -188,14 +179,43 @@ def count_step(
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and is_block_matrix(name, parameter.shape)
             ),
-            sum(_factors(parameter.shape) for parameter in model.get_trainable_parameters()),
+            sum(factors(parameter.shape) for parameter in model.get_trainable_parameters()),
             max(counts),
-            counter.get_total_flops(),
+            flops,
             size,
         )
 
 
-def _factors(shape: torch.Size) -> int:
+def count_loss(
+    loss: Callable[[], Tensor], weights: Iterable[nn.Parameter], dtype: torch.dtype
+) -> tuple[int, int]:
+    """FLOPs of a ``loss`` and its backward pass, and bytes that this one keeps.
+
+    Args:
+        loss: made in autocast to ``dtype``; on fake tensors.
+        weights: which are there anyway.
+    """
+    there = {parameter.untyped_storage()._cdata for parameter in weights}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there:
+            kept[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    with flop_counter() as counter:
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            made = loss()
+        size = sum(storage.nbytes() for storage in kept.values())
+        made.backward()
+    return counter.get_total_flops(), size
+
+
+def factors(shape: torch.Size) -> int:
     """Elements of Adafactor's second moment (Shazeer and Stern 2018, arXiv:1804.04235)."""
     if len(shape) < 2:
         return shape.numel()
@@ -213,7 +233,7 @@ def calibrate(
     trainer = dataclasses.replace(trainer, compile_mode=None)
     model = TinyFluxDeep(config).to(device).train()
     install(model)
-    engine = TorchEngine(model, trainer)
+    engine = TorchEngine(with_projectors(model, trainer), trainer)
     times, buckets = default_buckets(), len(default_buckets())
     height, width = grid
     lune = torch.randn(micro_batch, buckets, config.lune_expert_dim)

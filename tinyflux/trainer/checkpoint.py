@@ -6,6 +6,7 @@ A checkpoint is a directory::
     ema.safetensors                  the EMA in fp32
     ema_0.05.safetensors             a power-function EMA of that length, for each that is kept
     optimizer.safetensors            <parameter>/<key>, whole tensors
+    projectors.safetensors           what trainer.align trains beside the student, if anything
     trainer_state.json               step, place in the data, seed, the run's settings, and the
                                      SHA-256 of every file, itself included
 
@@ -40,7 +41,13 @@ from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME
 from tinyflux.model.loader import save_config, save_model
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.weights import check_tensors
-from tinyflux.run_dir import CHECKPOINT_EMA, CHECKPOINT_OPTIMIZER, length_of_track, track_name
+from tinyflux.run_dir import (
+    CHECKPOINT_EMA,
+    CHECKPOINT_OPTIMIZER,
+    CHECKPOINT_PROJECTORS,
+    length_of_track,
+    track_name,
+)
 from tinyflux.trainer.checkpoint_state import TrainerState, read_state, write_state
 from tinyflux.trainer.ema import read_shadow, save_shadow
 from tinyflux.trainer.power_ema import power_decay
@@ -53,6 +60,7 @@ class Checkpoint:
 
     Attributes:
         tracks: the power-function EMAs by length.
+        projectors: what is trained beside the student; empty where that is nothing.
     """
 
     path: Path
@@ -61,6 +69,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: TrainerState
     tracks: dict[float, dict[str, Tensor]] = field(default_factory=dict)
+    projectors: dict[str, Tensor] = field(default_factory=dict)
 
     def check(self, model: TinyFluxDeep) -> None:
         """Refuse a whole ``model`` that the weights or the EMA do not fit; CheckpointError."""
@@ -84,6 +93,7 @@ class CheckpointData:
             tensors alone are kept.
         optimizer: as of :meth:`tinyflux.trainer.engine.Engine.optimizer_state`.
         tracks: the power-function EMAs' whole tensors by length.
+        projectors: the whole tensors of what is trained beside the student.
     """
 
     model: TinyFluxDeep
@@ -93,6 +103,7 @@ class CheckpointData:
     optimizer: Mapping[str, Tensor]
     state: TrainerState
     tracks: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    projectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = trained_part(self.model, self.weights)
@@ -107,6 +118,7 @@ class CheckpointData:
             optimizer=cpu_copies(self.optimizer),
             state=copy.deepcopy(self.state),
             tracks={length: cpu_copies(track) for length, track in self.tracks.items()},
+            projectors=cpu_copies(self.projectors),
         )
 
 
@@ -126,6 +138,8 @@ def save_checkpoint(directory: str | os.PathLike[str], contents: CheckpointData)
             decay = power_decay(length, max(1, contents.state.step))
             save_shadow(partial / track_name(length), track, decay, torch.float32)
         save_file(_whole(contents.optimizer), partial / CHECKPOINT_OPTIMIZER)
+        if contents.projectors:
+            save_file(_whole(contents.projectors), partial / CHECKPOINT_PROJECTORS)
         state = replace(contents.state, files=_flushed(partial))
         write_state(partial, state)
         if directory.exists():
@@ -165,6 +179,7 @@ def load_checkpoint(directory: str | os.PathLike[str], verify: bool = True) -> C
                 for path in sorted(directory.iterdir())
                 if (length := length_of_track(path.name)) is not None
             },
+            projectors=_read_projectors(directory),
         )
         if verify:
             _check_numbers(checkpoint)
@@ -197,6 +212,11 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     )
 
 
+def _read_projectors(directory: Path) -> dict[str, Tensor]:
+    path = directory / CHECKPOINT_PROJECTORS
+    return load_file(path) if path.exists() else {}
+
+
 def _compare(directory: Path, state: TrainerState) -> None:
     """Refuse files that are not those that were written."""
     for name, written in state.files.items():
@@ -216,6 +236,7 @@ def _check_numbers(checkpoint: Checkpoint) -> None:
         (WEIGHTS_NAME, checkpoint.model),
         (CHECKPOINT_EMA, checkpoint.shadow),
         *tracks,
+        (CHECKPOINT_PROJECTORS, checkpoint.projectors),
         (CHECKPOINT_OPTIMIZER, checkpoint.optimizer),
     ):
         for key, tensor in tensors.items():

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from tinyflux.trainer.adapter_config import AdapterConfig
+from tinyflux.trainer.align_config import AlignConfig
 from tinyflux.trainer.config_checks import check_trainer
 from tinyflux.util.picture_size import FormerSides
 
@@ -113,6 +114,10 @@ class TrainerConfig:
         adapter: A LoRA or DoRA adapter of the library peft that is trained in place of the weights
             of ``init_from``, which stay as they are; checkpoints and the result are the adapter
             alone. None trains the weights.
+
+        align: Targets that image tokens are held against, beside the velocity: a list of ``group``,
+            ``block``, ``weight``, ``projector``, ``loss``, ``t_range``, ``stop`` and ``shuffle``.
+            None by default.
 
         evaluate_every: Optimizer steps between figures of pictures: the EMA draws held-out captions
             as ``sample`` says, and ``evaluate.extractors`` measure them. None takes none.
@@ -229,6 +234,7 @@ class TrainerConfig:
     init_from: str | None = None
     init_from_ema: bool = True
     adapter: AdapterConfig | None = None
+    align: list[AlignConfig] = field(default_factory=list)
 
     # Figures of pictures beside training, and the best checkpoint
     evaluate_every: int | None = None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tinyflux.errors import ConfigError
+from tinyflux.trainer.align_config import check_targets
 from tinyflux.trainer.direction import MEASURED, check_metric
 from tinyflux.util.config import nearest
 
@@ -56,6 +57,7 @@ def check_trainer(config: "TrainerConfig") -> None:
     _check_numbers(config)
     _check_best(config)
     _check_adapter(config)
+    check_targets(config.align)
     _check_uploads(config)
 
 
@@ -155,6 +157,11 @@ def _check_adapter(config: "TrainerConfig") -> None:
         raise ConfigError(
             "trainer.ema_lengths keeps averages of whole models, and trainer.adapter trains a "
             "part of one: leave one of them out"
+        )
+    if config.align:
+        raise ConfigError(
+            "trainer.align trains projectors beside a whole student, and trainer.adapter a part of "
+            "one: leave one of them out"
         )
 
 

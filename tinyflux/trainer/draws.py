@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,8 @@ class Conditions:
         keep_lune, keep_sol: ``[B]`` bool, whose forward may see that teacher. As in use, none sees
             one without its caption.
         dropout: ``[B]`` int64 seeds of the model's dropout layers.
+        others: ``[B]`` int64, for each sample another of the batch, as of :func:`others_of`; None
+            where nothing asks for one.
     """
 
     t: Tensor
@@ -73,6 +76,7 @@ class Conditions:
     keep_lune: Tensor
     keep_sol: Tensor
     dropout: Tensor
+    others: Tensor | None = None
 
     @classmethod
     def of(cls, batch: TrainBatch, config: TrainerConfig) -> "Conditions":
@@ -87,6 +91,7 @@ class Conditions:
             logit_std=config.logit_std,
         )
         no_text = draws.text < config.text_dropout
+        shuffles = any(target.shuffle for target in config.align)
         return cls(
             t,
             draws.noise,
@@ -94,8 +99,26 @@ class Conditions:
             keep_lune=~no_text & (draws.teachers >= config.lune_dropout),
             keep_sol=~no_text & (draws.teachers >= config.sol_dropout),
             dropout=draws.dropout,
+            others=others_of(config.seed, batch.positions) if shuffles else None,
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         """The same with every tensor changed so, as by a copy to a device."""
-        return Conditions(**{name: change(tensor) for name, tensor in vars(self).items()})
+        changed: dict[str, Any] = {
+            name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()
+        }
+        return Conditions(**changed)
+
+
+def others_of(seed: int, positions: Tensor) -> Tensor:
+    """For each of the samples at ``positions`` ``[B]`` the index of another one, drawn by them.
+
+    In the order of the samples' draws each has the next one, and the last the first: the order of
+    the batch does not matter, and none has itself unless it is alone.
+    """
+    places = positions.tolist()
+    draws = torch.stack([torch.rand((), generator=generator(seed, "other", p)) for p in places])
+    order = draws.argsort(stable=True)
+    others = torch.empty_like(order)
+    others[order] = order.roll(-1)
+    return others

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.model.weights import as_module, plain_name
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.optimizers import build_optimizer, flatten_state, restore_state
+from tinyflux.trainer.projectors import projector_tensors
 from tinyflux.trainer.sharding import gather, parts_of, rank_and_world
 
 
@@ -41,8 +43,10 @@ class SkipCounter:
 class Engine(Protocol):
     """Runs the arithmetic of an optimizer step.
 
+    It trains a module of :func:`tinyflux.trainer.projectors.with_projectors`.
+
     Attributes:
-        model: the bare student, whose weights the engine keeps current and in fp32.
+        model: the bare student in it, whose weights the engine keeps current and in fp32.
         device: where batches go.
         skips: the steps not taken because their gradient was not finite.
     """
@@ -52,7 +56,7 @@ class Engine(Protocol):
     skips: SkipCounter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward in the run's precision."""
+        """The module's forward in the run's precision."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of ``loss``; ``last`` marks the step's last micro-batch."""
@@ -67,7 +71,7 @@ class Engine(Protocol):
         """The mean of ``values`` over the workers."""
 
     def shard(self) -> nn.Module | Mapping[str, Tensor]:
-        """This worker's part of the trainable weights as they are now, for its part of an EMA.
+        """This worker's part of the model's trainable weights as they are, for its part of an EMA.
 
         A lone worker's part may be the whole model.
         """
@@ -81,10 +85,13 @@ class Engine(Protocol):
     def weights(self) -> Mapping[str, Tensor] | None:
         """The whole model's tensors, on rank 0; None on the others. Called by all workers."""
 
-    def optimizer_state(self) -> dict[str, Tensor] | None:
-        """The whole optimizer state as ``<parameter>/<key>``; called by all workers.
+    def projectors(self) -> Mapping[str, Tensor] | None:
+        """The whole tensors of the projectors, of which there may be none, as :meth:`weights`."""
 
-        Only rank 0 need get it, the others may get None.
+    def optimizer_state(self) -> dict[str, Tensor] | None:
+        """The whole optimizer state as ``<parameter>/<key>``, that of the projectors, too.
+
+        Called by all workers. Only rank 0 need get it, the others may get None.
         """
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -94,21 +101,22 @@ class Engine(Protocol):
 class TorchEngine:
     """Plain torch; with a process group of several workers, plain data parallelism."""
 
-    def __init__(self, model: TinyFluxDeep, config: TrainerConfig):
-        self.model = prepare_model(model, config)
-        self.device = next(model.parameters()).device
+    def __init__(self, module: nn.Module, config: TrainerConfig):
+        self.model = prepare_model(as_module(module), config)
+        self.device = next(module.parameters()).device
         self.skips = SkipCounter(self.device)
-        self._config = config
-        self._names = trainable_names(model)
-        self._parameters = model.get_trainable_parameters()
+        self._module, self._config = module, config
+        self._names = trainable_names(self.model)  # of the EMA
+        self._trained = trained_parameters(module)
+        self._parameters = list(self._trained.values())
         self._rank, self._world = rank_and_world()
-        self.optimizer = build_optimizer(self._parameters, config, self._names)
+        self.optimizer = build_optimizer(self._parameters, config, self._trained)
         # A fused optimizer can skip a step by a flag on its device, so nothing has to wait.
         self._skips_on_device = bool(self.optimizer.defaults.get("fused"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with autocast(self.device, self._config.dtype):
-            return self.model(*args, **kwargs)
+            return self._module(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -148,7 +156,7 @@ class TorchEngine:
     def shard(self) -> nn.Module | Mapping[str, Tensor]:
         if self._world == 1:
             return self.model
-        return parts_of(dict(zip(self._names, self._parameters, strict=True)), self._names)
+        return parts_of(self._trained, self._names)
 
     def split(self, whole: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return whole if self._world == 1 else parts_of(whole, self._names)
@@ -156,19 +164,21 @@ class TorchEngine:
     def gather(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         if self._world == 1:
             return parts
-        shapes = {n: p.shape for n, p in zip(self._names, self._parameters, strict=True)}
-        return gather(parts, shapes)
+        return gather(parts, {name: self._trained[name].shape for name in self._names})
 
     def weights(self) -> Mapping[str, Tensor] | None:
         return self.model.state_dict() if self._rank == 0 else None
 
+    def projectors(self) -> Mapping[str, Tensor] | None:
+        return projector_tensors(self._module.state_dict()) if self._rank == 0 else None
+
     def optimizer_state(self) -> dict[str, Tensor] | None:
         if self._rank != 0:
             return None
-        return flatten_state(self.optimizer, self._names, self._parameters)
+        return flatten_state(self.optimizer, list(self._trained), self._parameters)
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        restore_state(self.optimizer, self._names, self._parameters, state)
+        restore_state(self.optimizer, list(self._trained), self._parameters, state)
 
 
 def average(values: Tensor) -> Tensor:
@@ -207,6 +217,12 @@ def set_tf32(device: torch.device, tf32: bool | None) -> None:
         # Not torch.backends.cuda.matmul.fp32_precision: inductor asks for this one, and torch
         # raises where only the other was set.
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What an engine trains of a module, by plain name: the student's first, then projectors'."""
+    named = module.named_parameters()
+    return {plain_name(name): one for name, one in named if one.requires_grad}
 
 
 def trainable_names(model: nn.Module) -> list[str]:

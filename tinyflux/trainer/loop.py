@@ -23,7 +23,7 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.engine import Engine
 from tinyflux.trainer.evaluation import EvaluationRequest
 from tinyflux.trainer.feed import Feed, ReadyStep
-from tinyflux.trainer.meter import LOSSES, StepMeter
+from tinyflux.trainer.meter import StepMeter
 from tinyflux.trainer.power_ema import PowerEMA
 from tinyflux.trainer.recorder import CheckpointKind, Recorder
 from tinyflux.trainer.schedules import lr_at
@@ -67,7 +67,7 @@ class TrainLoop:
         )
         self._world = rank_and_world()[1]
         self._feed = Feed(engine.device, config)
-        self._meter = StepMeter(engine.device)
+        self._meter = StepMeter(engine.device, [f"align_{one.name}" for one in config.align])
         self._grid = (64, 64)  # that of the latest batch
         install(engine.model)
 
@@ -118,7 +118,7 @@ class TrainLoop:
     def _step(self, ready: ReadyStep) -> Tensor:
         """See :meth:`step`; nothing here waits for the device but what an engine has to know."""
         item = ready.data
-        losses = torch.zeros(LOSSES, device=self.engine.device)
+        losses = self._meter.no_losses()
         batches = zip(item.micro_batches, ready.conditions, strict=True)
         for index, (batch, conditions) in enumerate(batches):
             loss = training_loss(
@@ -191,11 +191,19 @@ class TrainLoop:
         optimizer = self.engine.optimizer_state()
         weights, shadow = self.whole_weights()
         tracks = self.whole_tracks(weights)
+        projectors = self.engine.projectors()
         if self.recorder is None or optimizer is None or weights is None or shadow is None:
             return
         state = replace(self.state, seed=self.config.seed, trainer=to_dict(self.config))
         contents = CheckpointData(
-            self.engine.model, weights, shadow, self.ema.decay, optimizer, state, tracks
+            self.engine.model,
+            weights,
+            shadow,
+            self.ema.decay,
+            optimizer,
+            state,
+            tracks,
+            projectors or {},
         )
         self.recorder.save(kind, contents, upload)
 

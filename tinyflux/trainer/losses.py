@@ -143,7 +143,7 @@ def compute_lune_loss(
         per_sample = huber_loss(pred, target).mean(-1)
     else:
         raise ConfigError(f"unknown Lune loss '{mode}': choose one of {', '.join(LUNE_MODES)}")
-    return _masked_mean(per_sample, mask)
+    return masked_mean(per_sample, mask)
 
 
 def compute_sol_loss(
@@ -165,7 +165,7 @@ def compute_sol_loss(
     target_spatial = _present(target_spatial.float(), pred_spatial, mask)
     stats = (pred_stats - target_stats).square().mean(-1)
     spatial = (pred_spatial - target_spatial).square().mean((-2, -1))
-    return _masked_mean(stats + spatial, mask)
+    return masked_mean(stats + spatial, mask)
 
 
 def _present(target: Tensor, pred: Tensor, mask: Tensor | None) -> Tensor:
@@ -175,8 +175,8 @@ def _present(target: Tensor, pred: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask.reshape(-1, *(1,) * (target.ndim - 1)), target, pred.detach())
 
 
-def _masked_mean(per_sample: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over all B samples, those outside the mask counting as 0."""
+def masked_mean(per_sample: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over all samples ``[B]``, those outside the mask ``[B]`` counting as 0."""
     if mask is not None:
         per_sample = torch.where(mask, per_sample, 0.0)
     return per_sample.mean()

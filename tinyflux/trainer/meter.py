@@ -1,12 +1,13 @@
 """The figures of the steps between two log lines."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-LOSSES = 4  # total, velocity, Lune and Sol
+LOSSES = 4  # total, velocity, Lune and Sol; those of trainer.align follow
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class StepFigures:
 
     Attributes:
         loss: what was minimised; ``loss_main``, ``loss_lune`` and ``loss_sol`` its parts,
-            unweighted; NaN if every step was skipped.
+            unweighted, as ``aligned``, those of ``trainer.align`` by name; NaN if every step was
+            skipped.
         lr: the last step's learning rate; ``grad_norm``: its gradient's norm before clipping.
         samples_per_s: of all workers; ``data_wait``: the share of time that was waited for data.
         skipped_steps: of the run so far, for gradients that were not finite.
@@ -32,16 +34,22 @@ class StepFigures:
     data_wait: float
     skipped_steps: int
     seconds_per_step: float
+    aligned: dict[str, float] = field(default_factory=dict)
 
 
 class StepMeter:
     """Adds up losses on the device, which nobody waits for, and times.
 
     The clock runs from :meth:`wait_for_data` over :meth:`data_is_there` to :meth:`step_is_done`.
+
+    Args:
+        aligned: names of the losses that follow the velocity's, Lune's and Sol's.
     """
 
-    def __init__(self, device: torch.device):
-        self._sums = torch.zeros(LOSSES + 1, device=device)  # losses, and of how many steps
+    def __init__(self, device: torch.device, aligned: Sequence[str] = ()):
+        self._aligned = list(aligned)
+        # Losses, and of how many steps.
+        self._sums = torch.zeros(LOSSES + len(aligned) + 1, device=device)
         self._begun = self._ready = 0.0
         self.reset()
 
@@ -66,14 +74,22 @@ class StepMeter:
         self._steps += 1
         self._samples += samples
 
+    def no_losses(self) -> Tensor:
+        """Zeros, to add those of a step's micro-batches to."""
+        return torch.zeros_like(self._sums[:-1])
+
     def add_losses(self, losses: Tensor, taken: Tensor) -> None:
-        """Count a step's losses ``[4]``, unless it was not ``taken`` (a bool scalar)."""
+        """Count a step's losses, those of :meth:`no_losses`, unless it was not ``taken``.
+
+        Args:
+            taken: a bool scalar.
+        """
         counted = torch.where(taken, losses, 0.0)
         self._sums += torch.cat([counted, taken.reshape(1).float()])
 
     @property
     def sums(self) -> Tensor:
-        """``[5]``: this worker's sums of the losses, and of how many steps."""
+        """``[5 + A]``: this worker's sums of the losses, and of how many steps."""
         return self._sums
 
     def figures(self, sums: Tensor, norm: Tensor, lr: float, skipped: int) -> StepFigures:
@@ -83,9 +99,9 @@ class StepMeter:
             sums: :attr:`sums`, averaged over the workers.
             norm: the last gradient's, a scalar.
         """
-        means = sums[:LOSSES] / sums[LOSSES]
+        means = sums[:-1] / sums[-1]
         values = torch.cat([means, norm.reshape(1).to(sums)]).tolist()
-        loss, loss_main, loss_lune, loss_sol, grad_norm = values
+        loss, loss_main, loss_lune, loss_sol, *aligned, grad_norm = values
         busy = max(self._busy, 1e-9)
         return StepFigures(
             loss=loss,
@@ -98,4 +114,5 @@ class StepMeter:
             data_wait=self._wait / busy,
             skipped_steps=skipped,
             seconds_per_step=self._busy / max(1, self._steps),
+            aligned=dict(zip(self._aligned, aligned, strict=True)),
         )

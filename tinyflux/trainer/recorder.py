@@ -133,11 +133,13 @@ class Recorder:
         """Record the steps since the last time, and say them in a line."""
         values = asdict(figures)
         seconds_left = (self.config.total_steps - step) * values.pop("seconds_per_step")
-        self.log.write(step, values)
+        aligned: dict[str, float] = values.pop("aligned")
+        self.log.write(step, values | aligned)
+        more = "".join(f"{name} {value:.4f}  " for name, value in aligned.items())
         logger.info(
             f"step {step}/{self.config.total_steps}  loss {figures.loss:.4f}  "
             f"velocity {figures.loss_main:.4f}  lune {figures.loss_lune:.4f}  "
-            f"sol {figures.loss_sol:.4f}  {figures.samples_per_s:.1f} samples/s  "
+            f"sol {figures.loss_sol:.4f}  {more}{figures.samples_per_s:.1f} samples/s  "
             f"{_clock(seconds_left)} left"
         )
 

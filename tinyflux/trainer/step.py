@@ -4,6 +4,7 @@ Every random number of a sample comes from (seed, its global position in the run
 batch is therefore trained in the same way on any number of workers and micro-batches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tinyflux.data.batches import TrainBatch
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import pack_latents, token_grid
+from tinyflux.trainer.align import Alignment
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.distillation import Teachers, distillation_losses, teacher_features
 from tinyflux.trainer.draws import Conditions
@@ -33,18 +35,20 @@ class StepLoss:
     """Losses of a micro-batch, fp32 scalars. Only ``total`` carries a gradient.
 
     Attributes:
-        total: what is minimised: ``main`` plus the weighted ``lune`` and ``sol``.
+        total: what is minimised: ``main`` plus the others with their weights.
         main: velocity. lune, sol: unweighted distillation, 0 where off.
+        aligned: unweighted, of each of ``trainer.align``, 0 where off.
     """
 
     total: Tensor
     main: Tensor
     lune: Tensor
     sol: Tensor
+    aligned: Sequence[Tensor] = ()
 
     def stack(self) -> Tensor:
-        """``[4]``, detached: total, main, lune, sol."""
-        return torch.stack([self.total.detach(), self.main, self.lune, self.sol])
+        """``[4 + A]``, detached: total, main, lune, sol, and the A of ``aligned``."""
+        return torch.stack([self.total.detach(), self.main, self.lune, self.sol, *self.aligned])
 
 
 def training_loss(
@@ -64,7 +68,8 @@ def training_loss(
         null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, which stand in
             for dropped captions; None means zeros.
         t_buckets: ``[K]`` times of the batch's teacher features.
-        velocity: how to call the model, if not directly (an engine's forward).
+        velocity: how to call the model, if not directly: an engine's forward, which with
+            ``config.align`` is that of an :class:`~tinyflux.trainer.projectors.AlignedStudent`.
         conditions: the batch's, on its device; left out, they are made here.
     """
     device = batch.latents.device
@@ -78,6 +83,7 @@ def training_loss(
 
     patch = model.config.patch_size
     grid = token_grid(*batch.grid, patch)
+    alignment = Alignment.of(batch, config, step, conditions, grid)
     pred, experts = (velocity or model)(
         pack_latents(flow_x_t(data, noise, t), patch),
         t5,
@@ -87,16 +93,21 @@ def training_loss(
         **teachers.seen(conditions.keep_lune, conditions.keep_sol),
         return_expert_pred=True,
         grid=grid,
+        **alignment.arguments(),
     )
     target = pack_latents(flow_velocity(data, noise), patch)
     main = _velocity_loss(pred, target, grid, t, batch, teachers, config)
     lune, sol = distillation_losses(experts, teachers, config, model.sol_units, t)
-    total = (
+    aligned = alignment.losses(experts)
+    total = sum(
+        alignment.weighted(aligned),
         main
         + get_lune_weight(step, config.lune_warmup_steps, config.lune_weight) * lune
-        + get_sol_weight(step, config.sol_warmup_steps, config.sol_weight) * sol
+        + get_sol_weight(step, config.sol_warmup_steps, config.sol_weight) * sol,
     )
-    return StepLoss(total, main.detach(), lune.detach(), sol.detach())
+    return StepLoss(
+        total, main.detach(), lune.detach(), sol.detach(), [loss.detach() for loss in aligned]
+    )
 
 
 def _drop_text(

@@ -32,6 +32,7 @@ from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.picture_figures import PictureFigures
 from tinyflux.trainer.power_ema import PowerEMA
+from tinyflux.trainer.projectors import check_same_targets, load_projectors, with_projectors
 from tinyflux.trainer.recorder import Recorder, RunPaths
 from tinyflux.util.buckets import default_buckets
 from tinyflux.util.config import to_dict
@@ -56,7 +57,8 @@ class Trainer:
         self._state = TrainerState(seed=config.seed)
         if config.adapter is not None:
             self._begin_adapter()
-        self._engine = TorchEngine(self.model, config)
+        self._module = with_projectors(self.model, config)
+        self._engine = TorchEngine(self._module, config)
         self._ema = EMA(self.model, config.ema_decay)
         self._power_ema = PowerEMA(self.model, config.ema_lengths)
         self._source: StepSource | None = None
@@ -217,9 +219,11 @@ class Trainer:
         weights, shadow = self.model.state_dict(), self._ema.shadow
         tracks = {length: track.shadow for length, track in self._power_ema.tracks.items()}
         decay = self._ema.decay
-        save_checkpoint(
-            path, CheckpointData(self.model, weights, shadow, decay, optimizer, state, tracks)
+        projectors = self._engine.projectors() or {}
+        contents = CheckpointData(
+            self.model, weights, shadow, decay, optimizer, state, tracks, projectors
         )
+        save_checkpoint(path, contents)
 
     def load_checkpoint(self, path: str) -> None:
         """Continue from a checkpoint directory, of this class or of a Ray run.
@@ -230,6 +234,7 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path, self.config.verify_checkpoints)
         check_same_adapter(checkpoint.state, self.config, f"checkpoint {path}")
+        check_same_targets(checkpoint.state, self.config, f"checkpoint {path}")
         if self.config.adapter is not None:
             began = FirstWeights(**self._state.init_from)
             check_same_base(checkpoint.state, began, f"checkpoint {path}")
@@ -237,6 +242,7 @@ class Trainer:
         self._power_ema.check(checkpoint.tracks, f"checkpoint {path}")
         # First what may still be refused.
         self._engine.load_optimizer_state(checkpoint.optimizer)
+        load_projectors(self._module, checkpoint.projectors, f"checkpoint {path}")
         checkpoint.load_model(self.model)
         # Of a run with an adapter it holds no weights that stay as they are.
         shadow = {**self._ema.shadow, **checkpoint.shadow}
@@ -276,6 +282,11 @@ def _steps_of(
 ) -> StepSource:
     """The steps of what :meth:`Trainer.setup` was given."""
     if not isinstance(data, StepSource):
+        if data.batch_size == 1 and any(target.shuffle for target in config.align):
+            raise InputError(
+                "trainer.align shuffles targets among the samples of a batch, and the DataLoader's "
+                "are of 1 sample: make it with a larger batch_size"
+            )
         return LoaderSteps(data, cache, config.gradient_accumulation, config.seed)
     if cache is not None:
         raise InputError(
