@@ -4,6 +4,7 @@
 
     config.yaml        the resolved settings
     checkpoints/       step_00001000/, epoch_0003/, ...; in each a trainer_state.json, written last
+    passes.json        which shards of caches that were being built each pass reads
     metrics.jsonl      a line per log step
     best.json          the checkpoint that is best by trainer.best_metric, and its value
     samples/           grids that were drawn while training
@@ -27,6 +28,7 @@ CHECKPOINT_EMA = "ema.safetensors"
 CHECKPOINT_OPTIMIZER = "optimizer.safetensors"
 CHECKPOINT_PROJECTORS = "projectors.safetensors"
 _TRACK = ("ema_", ".safetensors")
+PASSES = "passes.json"
 METRICS = "metrics.jsonl"
 BEST = "best.json"
 SAMPLES = "samples"

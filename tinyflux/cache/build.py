@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyflux.cache.claim import claim
+from tinyflux.cache.committed import UNFINISHED_NAME, CommittedShards, shard_of
 from tinyflux.cache.encode import ShardTask
 from tinyflux.cache.estimate import ESTIMATE_NAME, Estimate, compare, read_estimate
 from tinyflux.cache.fingerprints import ModelFingerprints, keep_fingerprints, known_fingerprints
@@ -29,7 +30,6 @@ from tinyflux.cache.progress import Progress
 from tinyflux.cache.receipts import Receipt, read_receipt
 from tinyflux.cache.rejected import Rejected, check_rejected, unusable, write_rejected
 from tinyflux.cache.runner import Runner
-from tinyflux.cache.schema import ROWS
 from tinyflux.cache.sources import SourceSplit, list_splits
 from tinyflux.cache.store import Store
 from tinyflux.cache.tasks import Receipts, describe_tasks, read_receipts
@@ -152,6 +152,8 @@ def _encode(configs: BuildConfigs, runner: Runner, plan: Plan) -> Receipts:
     """Receipts of every planned file; what has none is made."""
     store, fingerprints = configs.store, plan.fingerprints
     receipts = read_receipts(store, plan.shards, fingerprints)
+    committed = CommittedShards(store, configs.data, plan.models, plan.shards, fingerprints)
+    committed.begin(receipts)
     lacking: dict[str, list[str]] = {}
     for shard in plan.shards:
         if missing := [group for group in fingerprints if (shard.name, group) not in receipts]:
@@ -171,6 +173,7 @@ def _encode(configs: BuildConfigs, runner: Runner, plan: Plan) -> Receipts:
         dropped = unusable(configs.data, made)
         failed += len(dropped)
         check_rejected(configs.data, failed, plan.rejected, *dropped.values())
+        committed.add(name, receipts)
         progress.add(rows[name])
     if len(receipts) != len(plan.shards) * len(fingerprints):
         raise CacheError("not every shard was built: run the job again to continue")
@@ -223,10 +226,8 @@ def _commit(configs: BuildConfigs, plan: Plan, receipts: Receipts) -> Manifest:
         clip += sum(by_clip > 0 for _, by_clip, _ in kept)
         t5 += sum(by_t5 > 0 for _, _, by_t5 in kept)
         rejected.rows += _with_sources(store, shard, reasons)
-        if len(reasons) < shard.rows:
-            files = {group: r.file for group, r in own.items() if r.file is not None}
-            dropped = tuple(sorted(reasons))
-            shards.append(ShardInfo(shard.name, shard.rows, {ROWS: shard.file, **files}, dropped))
+        if (listed := shard_of(shard, own, reasons)) is not None:
+            shards.append(listed)
     check_rejected(configs.data, len(rejected.rows), rejected)
     if rejected.duplicates:
         logger.info("cache: %d samples are listed twice and kept once", rejected.duplicates)
@@ -243,6 +244,7 @@ def _commit(configs: BuildConfigs, plan: Plan, receipts: Receipts) -> Manifest:
     )
     if store.size(MANIFEST_NAME) is None or store.read(MANIFEST_NAME) != manifest.to_json():
         manifest.save(store)
+    store.delete(UNFINISHED_NAME)
     return manifest
 
 

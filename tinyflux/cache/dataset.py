@@ -24,15 +24,18 @@ class CachedDataset:
         path: a directory, or a URL, whose files are copied to this machine as they are read.
         check_files: see that every file is there with its full size, which on network storage is
             work for its server.
+        manifest: what is read of it; left out, all that its own manifest lists.
 
     Raises:
         CacheError: no manifest, a file that is missing or cut short, or a newer format.
     """
 
-    def __init__(self, path: str | Path, check_files: bool = True):
+    def __init__(
+        self, path: str | Path, check_files: bool = True, manifest: Manifest | None = None
+    ):
         self.path = str(path)
         self._store = open_store(path)
-        self.manifest = Manifest.load(self._store)
+        self.manifest = Manifest.load(self._store) if manifest is None else manifest
         sizes = self._store.list(SHARD_FOLDER) if check_files else {}
         for file in self.manifest.files if check_files else ():
             size = sizes[file.path] if file.path in sizes else self._store.size(file.path)

@@ -184,15 +184,15 @@ class Manifest:
         folder.write(MANIFEST_NAME, self.to_json())
 
     @classmethod
-    def load(cls, folder: Folder) -> "Manifest":
-        """Read ``manifest.json``.
+    def load(cls, folder: Folder, name: str = MANIFEST_NAME) -> "Manifest":
+        """Read ``manifest.json``, or what is written like it by another ``name``.
 
         Raises:
             CacheError: there is none, it is damaged, or a newer program wrote it.
         """
-        path = f"{folder.location}/{MANIFEST_NAME}"
+        path = f"{folder.location}/{name}"
         try:
-            data = json.loads(folder.read(MANIFEST_NAME), object_hook=_Files())
+            data = json.loads(folder.read(name), object_hook=_Files())
         except (FileNotFoundError, NotADirectoryError):
             unfinished = folder.size(BUILD_MARK) is not None
             raise CacheError(

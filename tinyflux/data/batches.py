@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from tinyflux.data.passes import NO_PASSES, Passes
 from tinyflux.errors import InputError
 
 
@@ -100,6 +101,7 @@ class StepData:
         samples_seen: samples of the run over all workers, these included.
         epoch: complete passes. epoch_batches: micro-batches of the pass under way.
         size: samples of the step over all workers.
+        passes: which shards the passes read, where caches grow.
     """
 
     micro_batches: list[TrainBatch]
@@ -107,6 +109,7 @@ class StepData:
     epoch: int
     epoch_batches: int
     size: int
+    passes: Passes = NO_PASSES
 
 
 class Place(Protocol):
@@ -115,6 +118,7 @@ class Place(Protocol):
     samples_seen: int
     epoch: int
     epoch_batches: int
+    passes: Passes
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyflux.cache.config import MixSource
 from tinyflux.cache.dataset import CachedDataset
+from tinyflux.cache.manifest import Manifest
 from tinyflux.cache.schema import GROUPS
 from tinyflux.errors import CacheError
 from tinyflux.model.config import TinyFluxConfig
@@ -23,7 +24,7 @@ class CacheMixture:
     """Caches one behind the other; a mixture of one is that cache.
 
     Args:
-        check_files: see :class:`CachedDataset`.
+        check_files, manifests: see :class:`CachedDataset`; a manifest for each cache.
 
     Attributes:
         t_buckets: ``[K]`` student times of the teachers' features.
@@ -34,9 +35,18 @@ class CacheMixture:
             times or whose captions were read by different encoders.
     """
 
-    def __init__(self, sources: Sequence[MixSource], check_files: bool = True):
+    def __init__(
+        self,
+        sources: Sequence[MixSource],
+        check_files: bool = True,
+        manifests: Sequence[Manifest] | None = None,
+    ):
         self.sources = list(sources)
-        self.caches = [CachedDataset(source.path, check_files) for source in sources]
+        known: Sequence[Manifest | None] = manifests or [None] * len(self.sources)
+        self.caches = [
+            CachedDataset(source.path, check_files, manifest)
+            for source, manifest in zip(self.sources, known, strict=True)
+        ]
         self._ends = np.cumsum([len(cache) for cache in self.caches])
         times = [cache.t_buckets.tolist() for cache in self.caches if cache.t_buckets.numel()]
         if any(one != times[0] for one in times):

@@ -173,15 +173,22 @@ class SampleOrder:
     Args:
         sizes: for each size of pictures, its streams.
         batch_size: of the global batch.
+        part: what part of the run has this order, where there are several; each has its shuffles.
     """
 
-    def __init__(self, sizes: Sequence[Sequence[Stream]], batch_size: int, seed: int):
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[Stream]],
+        batch_size: int,
+        seed: int,
+        part: Sequence[int | str] = (),
+    ):
         self._sizes = [[s for s in streams if len(s.rows)] for streams in sizes]
         self._sizes = [streams for streams in self._sizes if streams]
         self.count = sum(len(stream.rows) for streams in self._sizes for stream in streams)
         if not self.count:
             raise CacheError("the cache has no samples to train on")
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self._seed, self._part = batch_size, seed, tuple(part)
         self._size_shares = _whole(
             [sum((s.share for s in streams), Fraction()) for streams in self._sizes]
         )
@@ -208,7 +215,7 @@ class SampleOrder:
 
     def _shuffle_of(self, size: int, which: int, number_of_pass: int) -> Shuffle:
         count = len(self._sizes[size][which].rows)
-        return Shuffle(count, self._seed, "order", size, which, number_of_pass)
+        return Shuffle(count, self._seed, "order", *self._part, size, which, number_of_pass)
 
 
 def _whole(shares: Sequence[Fraction]) -> list[int]:

@@ -5,7 +5,7 @@ An optimizer step trains on the next ``batch_size`` positions of the run (see
 and their micro-batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -28,6 +28,10 @@ class StepReader:
         held_out: ``[rows]`` bool, the rows of ``data`` not to train on.
         batch_size: samples of a step over all workers.
         accumulation: micro-batches that each worker cuts its part of a step into.
+        start: position of the run at which this order begins. part: see :class:`SampleOrder`.
+
+    Attributes:
+        data: the caches that are read.
 
     Raises:
         CacheError: no rows are left to train on.
@@ -40,20 +44,27 @@ class StepReader:
         batch_size: int,
         accumulation: int = 1,
         seed: int = 0,
+        start: int = 0,
+        part: Sequence[int | str] = (),
     ):
-        self._data, self._batch_size, self._accumulation = data, batch_size, accumulation
-        self._seed = seed
-        self._order = order_of(data, held_out, batch_size, seed)
+        self.data, self._batch_size, self._accumulation = data, batch_size, accumulation
+        self._seed, self._start = seed, start
+        self._order = order_of(data, held_out, batch_size, seed, part)
+
+    @property
+    def pass_length(self) -> int:
+        """Positions of whole steps in which one pass over the rows is complete."""
+        return -(-self._order.count // self._batch_size) * self._batch_size
 
     @property
     def null_text(self) -> tuple[Tensor, Tensor] | None:
         """See :attr:`CacheMixture.null_text`."""
-        return self._data.null_text
+        return self.data.null_text
 
     @property
     def t_buckets(self) -> Tensor:
         """``[K]`` times of the teachers' features; empty without teachers."""
-        return self._data.t_buckets
+        return self.data.t_buckets
 
     def after(self, place: Place) -> Iterator[StepData]:
         """What a run in one process trains on: the same as all workers of a larger one."""
@@ -62,27 +73,30 @@ class StepReader:
     def steps(self, samples_seen: int = 0, rank: int = 0, world: int = 1) -> Iterator[StepData]:
         """What worker ``rank`` of ``world`` trains on, without end, from ``samples_seen`` on."""
         while True:
-            whole = range(samples_seen, samples_seen + self._batch_size)
-            mine = cut(whole, world)[rank]
-            batch = TrainBatch.from_dict(self._read(mine), torch.arange(mine.start, mine.stop))
-            samples_seen = whole.stop
-            yield StepData(
-                [
-                    batch[part.start - mine.start : part.stop - mine.start]
-                    for part in cut(mine, self._accumulation)
-                ],
-                samples_seen,
-                epoch=samples_seen // self._order.count,
-                epoch_batches=0,
-                size=self._batch_size,
-            )
+            step = self.step(samples_seen, rank, world)
+            samples_seen = step.samples_seen
+            yield step
+
+    def step(self, samples_seen: int, rank: int = 0, world: int = 1) -> StepData:
+        """The step that follows ``samples_seen``, as of :meth:`steps`."""
+        whole = range(samples_seen, samples_seen + self._batch_size)
+        mine = cut(whole, world)[rank]
+        batch = TrainBatch.from_dict(self._read(mine), torch.arange(mine.start, mine.stop))
+        parts = cut(mine, self._accumulation)
+        return StepData(
+            [batch[part.start - mine.start : part.stop - mine.start] for part in parts],
+            whole.stop,
+            epoch=(whole.stop - self._start) // self._order.count,
+            epoch_batches=0,
+            size=self._batch_size,
+        )
 
     def _read(self, positions: range) -> dict[str, Tensor]:
         """The samples at these positions of one global batch, each in one of its variants."""
-        rows = self._order.rows(positions)
-        if not self._data.has_variants:
-            return self._data.read(rows, as_stored=True)
-        return self._data.read(rows, as_stored=True, draws=variant_draws(self._seed, positions))
+        rows = self._order.rows(range(positions.start - self._start, positions.stop - self._start))
+        if not self.data.has_variants:
+            return self.data.read(rows, as_stored=True)
+        return self.data.read(rows, as_stored=True, draws=variant_draws(self._seed, positions))
 
     def sol_examples(self, count: int) -> tuple[Tensor, Tensor] | None:
         """Sol's features of the first samples of a run that have them.
@@ -95,7 +109,7 @@ class StepReader:
         position = found = 0
         while position < self._order.count and found < count:
             rows = self._order.rows(range(position, position + self._batch_size))
-            batch = self._data.read(rows, groups=("sol",))
+            batch = self.data.read(rows, groups=("sol",))
             position += self._batch_size
             if "sol_stats" in batch:
                 has_sol = batch.get("sol_mask", torch.ones(len(rows), dtype=torch.bool))
@@ -107,8 +121,14 @@ class StepReader:
         return stats, spatial
 
 
-def order_of(data: CacheMixture, held_out: np.ndarray, batch_size: int, seed: int) -> SampleOrder:
-    """The order of the rows that are not held out (``[rows]`` bool)."""
+def order_of(
+    data: CacheMixture,
+    held_out: np.ndarray,
+    batch_size: int,
+    seed: int,
+    part: Sequence[int | str] = (),
+) -> SampleOrder:
+    """The order of the rows that are not held out (``[rows]`` bool); see :class:`SampleOrder`."""
     sizes: dict[tuple[int, int], list[Stream]] = {}
     chosen = ~held_out
     for index, source in enumerate(data.sources):
@@ -120,11 +140,11 @@ def order_of(data: CacheMixture, held_out: np.ndarray, batch_size: int, seed: in
         weight = (
             Fraction(source.weight).limit_denominator(1_000_000) if len(data.sources) > 1 else 1
         )
-        for grid, part in rows.items():
+        for grid, own in rows.items():
             if total:
-                share = weight * Fraction(len(part), total)
-                sizes.setdefault(grid, []).append(Stream(part, share))
-    return SampleOrder([sizes[grid] for grid in sorted(sizes)], batch_size, seed)
+                share = weight * Fraction(len(own), total)
+                sizes.setdefault(grid, []).append(Stream(own, share))
+    return SampleOrder([sizes[grid] for grid in sorted(sizes)], batch_size, seed, part)
 
 
 def read_held_out(data: CacheMixture, held_out: np.ndarray) -> HeldOut:

@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 
+from tinyflux.data.growing import GrowingReader
 from tinyflux.data.reader import StepReader
 from tinyflux.errors import ConfigError
 from tinyflux.model.experts import SolUnits
@@ -29,7 +30,7 @@ def check_batch_size(config: TrainerConfig, num_workers: int) -> None:
         )
 
 
-def measure_sol(units: SolUnits, reader: StepReader) -> None:
+def measure_sol(units: SolUnits, reader: StepReader | GrowingReader) -> None:
     """Measure Sol's units on the samples that the run trains on first; called by all workers.
 
     The first worker reads, and tells the others.

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tinyflux.errors import StorageError
-from tinyflux.run_dir import BEST, CHECKPOINT_STATE, CHECKPOINTS, DRAWN, MARKS, RAY
+from tinyflux.run_dir import BEST, CHECKPOINT_STATE, CHECKPOINTS, DRAWN, MARKS, PASSES, RAY
 from tinyflux.storage.copies import local_directory
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.best import read_best
 from tinyflux.util.urls import is_url
 
-# The pictures of `tinyflux sample` may be millions of files.
-_NOT_MIRRORED = (RAY, DRAWN)
+# The pictures of `tinyflux sample` may be millions of files; passes are written there at once.
+_NOT_MIRRORED = (RAY, DRAWN, PASSES)
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from tinyflux.data.growing import GrowingReader
 from tinyflux.data.mixture import CacheMixture
 from tinyflux.data.reader import StepReader
 from tinyflux.distributed.data import measure_sol
@@ -48,7 +49,7 @@ def prepare_student(
     init_from: WeightsFile | None,
     job: TrainingJob,
     data: CacheMixture,
-    reader: StepReader,
+    reader: StepReader | GrowingReader,
 ) -> TrainerState:
     """Give ``model`` a checkpoint's weights, or what a new run needs; where the run stands.
 
@@ -148,6 +149,28 @@ def check_same_stream(
             f"the run in {run_dir} began with trainer.batch_size = {before}, not "
             f"{config.batch_size}, and its pictures are of {data.sizes()} sizes, whose order "
             "follows the batch size: keep it, or use a new run_dir"
+        )
+
+
+def check_same_growth(state: TrainerState, config: TrainerConfig, run_dir: str) -> None:
+    """Refuse settings under which passes over caches that grow would be others than they were.
+
+    Raises:
+        ConfigError: the run began on finished caches and is to go on on growing ones, or the other
+            way; or another batch size.
+    """
+    began, asked = bool(state.passes.spans), config.start_at_rows is not None
+    if began != asked:
+        raise ConfigError(
+            f"the run in {run_dir} began {'with' if began else 'without'} trainer.start_at_rows, "
+            "and the order of its samples follows from that: keep it so, or use a new run_dir"
+        )
+    before = state.trainer.get("batch_size", config.batch_size)
+    if began and before != config.batch_size:
+        raise ConfigError(
+            f"the run in {run_dir} began with trainer.batch_size = {before}, not "
+            f"{config.batch_size}, and its passes over growing caches end with whole batches: keep "
+            "it, or use a new run_dir"
         )
 
 

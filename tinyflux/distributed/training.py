@@ -3,16 +3,21 @@
 import logging
 import shutil
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import nn
 
+from tinyflux.data.growing import GrowingReader
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.passes import NO_PASSES
+from tinyflux.data.reader import StepReader
 from tinyflux.distributed.evaluation import build_local_evaluator, is_evaluated
 from tinyflux.distributed.first_weights import AnyPlace
 from tinyflux.distributed.mirror import Mirror
 from tinyflux.distributed.result import write_result
 from tinyflux.distributed.resume import (
+    check_same_growth,
     find_checkpoint,
     first_weights,
     prepare_ema,
@@ -22,6 +27,7 @@ from tinyflux.distributed.resume import (
 )
 from tinyflux.distributed.training_job import TrainingJob
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.run_dir import PASSES
 from tinyflux.storage.remote import RemoteFolder
 from tinyflux.trainer.checkpoint import Checkpoint, load_checkpoint
 from tinyflux.trainer.checkpoint_folder import remove_partial
@@ -69,12 +75,10 @@ class Training:
     def run(self) -> None:
         """Train from the newest checkpoint to the last step, and write what the run leaves."""
         job, config = self.job, self.job.trainer
-        # A thousand workers would ask about millions of files.
-        data = job.open_data(check_files=self.is_main)
-        reader = job.open_reader(data)
-        model = first_weights(job, self.device)
         mirror = self._pull_mirror() if self.is_main else None
         checkpoint = self._agree_on_checkpoint()
+        data, reader = self._open_data(checkpoint)
+        model = first_weights(job, self.device)
         needed = checkpoint is None or config.adapter is not None
         first = self._agree_on_first_weights() if needed else None
         state = prepare_student(model, checkpoint, first, job, data, reader)
@@ -86,15 +90,35 @@ class Training:
         recorder = self._build_recorder(model, ema, data, mirror) if self.is_main else None
         null_text = data.null_text if config.text_dropout > 0 else None
         loop = TrainLoop(engine, config, state, ema, null_text, data.t_buckets, recorder, power_ema)
-        loop.run(reader.steps(state.samples_seen, self.rank, self.world_size))
+        steps = reader.steps(state.samples_seen, self.rank, self.world_size)
+        # Nothing is read, or decided of a pass, that is not trained on.
+        loop.run(islice(steps, max(0, config.total_steps - state.step)))
         _, averaged = loop.whole_weights()
         if averaged is not None:
-            write_result(job, model, averaged, data, state)
+            write_result(job, model, averaged, reader.data, state)
         if recorder is not None:
             recorder.mark_best(state.step)
         if mirror is not None:
             mirror.push()
             shutil.rmtree(job.root, ignore_errors=True)
+
+    def _open_data(
+        self, checkpoint: Checkpoint | None
+    ) -> tuple[CacheMixture, StepReader | GrowingReader]:
+        """What the run is validated on, the held-out rows of it, and what reads its samples."""
+        job = self.job
+        if checkpoint is not None:
+            check_same_growth(checkpoint.state, job.trainer, job.run_dir)
+        if job.trainer.start_at_rows is None:
+            # A thousand workers would ask about millions of files.
+            data = job.open_data(check_files=self.is_main)
+            return data, job.open_reader(data)
+        passes = NO_PASSES if checkpoint is None else checkpoint.state.passes
+        reader = job.open_growing_reader(passes, True) if self.is_main else None
+        # The main worker has written what the others read.
+        self.tell_all(None if reader is None else PASSES)
+        reader = reader or job.open_growing_reader(passes, False)
+        return reader.first, reader
 
     def _pull_mirror(self) -> Mirror | None:
         """What keeps a run at a URL, whose figures are here from now on; None for a path."""

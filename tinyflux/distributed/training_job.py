@@ -10,7 +10,10 @@ from typing import Protocol
 
 from tinyflux import run_dir as names
 from tinyflux.cache.config import CacheConfig, MixSource
+from tinyflux.data.growing import GrowingReader, open_first
+from tinyflux.data.ledger import Ledger
 from tinyflux.data.mixture import CacheMixture
+from tinyflux.data.passes import Passes
 from tinyflux.data.reader import StepReader
 from tinyflux.distributed.config import SampleConfig, WorkersConfig
 from tinyflux.evaluation.config import EvaluateConfig
@@ -128,8 +131,12 @@ class TrainingJob:
         return self.trainer.enable_sol and self.model.use_sol_prior
 
     def open_data(self, check_files: bool) -> CacheMixture:
-        """The caches, checked against the model."""
-        data = CacheMixture(self.data, check_files)
+        """The caches, checked against the model; of growing ones what the run began with."""
+        rows = self.trainer.start_at_rows
+        if rows is None:
+            data = CacheMixture(self.data, check_files)
+        else:
+            data = open_first(self.data, Ledger(self.folder).load(), check_files, rows)
         data.check(self.model, self.teaches_lune, self.teaches_sol)
         return data
 
@@ -143,3 +150,26 @@ class TrainingJob:
             config.gradient_accumulation,
             config.seed,
         )
+
+    def open_growing_reader(self, passes: Passes, is_main: bool) -> GrowingReader:
+        """What reads the run's samples from caches that grow, as ``trainer.start_at_rows`` asks.
+
+        Args:
+            passes: those that the run's checkpoint knows.
+            is_main: whether this worker decides what later ones read.
+        """
+        config = self.trainer
+        reader = GrowingReader(
+            self.data,
+            config.val_fraction,
+            config.batch_size,
+            config.gradient_accumulation,
+            config.seed,
+            config.start_at_rows or 1,
+            Ledger(self.folder),
+            passes,
+            is_main,
+            check_files=is_main,
+        )
+        reader.first.check(self.model, self.teaches_lune, self.teaches_sol)
+        return reader

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyflux.data.passes import NO_PASSES, Passes
 from tinyflux.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from tinyflux.run_dir import CHECKPOINT_STATE
 from tinyflux.util.config import from_dict, to_dict
@@ -32,6 +33,7 @@ class TrainerState:
             before it was kept.
         init_from: ``source`` and ``sha256`` of the weights that the run began with; empty if it
             began with random ones.
+        passes: which shards the passes read of caches that were being built; empty else.
     """
 
     step: int = 0
@@ -43,6 +45,7 @@ class TrainerState:
     format_version: int = FORMAT_VERSION
     files: dict[str, str] = field(default_factory=dict)
     init_from: dict[str, str] = field(default_factory=dict)
+    passes: Passes = NO_PASSES
 
 
 def read_state(directory: Path) -> TrainerState:

@@ -119,6 +119,10 @@ class TrainerConfig:
             ``block``, ``weight``, ``projector``, ``loss``, ``t_range``, ``stop`` and ``shuffle``.
             None by default.
 
+        start_at_rows: Rows of unfinished caches that a run may begin with. It takes in the shards
+            that were committed meanwhile at the end of each pass, until the caches are finished.
+            None waits for nothing and wants finished caches.
+
         evaluate_every: Optimizer steps between figures of pictures: the EMA draws held-out captions
             as ``sample`` says, and ``evaluate.extractors`` measure them. None takes none.
         evaluate_pictures: The most pictures that are drawn for them.
@@ -235,6 +239,7 @@ class TrainerConfig:
     init_from_ema: bool = True
     adapter: AdapterConfig | None = None
     align: list[AlignConfig] = field(default_factory=list)
+    start_at_rows: int | None = None
 
     # Figures of pictures beside training, and the best checkpoint
     evaluate_every: int | None = None

@@ -35,7 +35,7 @@ _COUNTS = (
     "gradient_accumulation", "total_steps", "log_every", "batch_size", "keep_last_n_steps",
     "keep_last_n_epochs", "evaluate_pictures",
 )  # fmt: skip
-_OPTIONAL_COUNTS = ("sample_steps", "max_nonfinite_steps", "shift_tokens")
+_OPTIONAL_COUNTS = ("sample_steps", "max_nonfinite_steps", "shift_tokens", "start_at_rows")
 _PERIODS = (
     "save_every_steps", "save_every_epochs", "sample_every", "validate_every",
     "upload_every_steps", "upload_every_epochs", "evaluate_every",
@@ -59,6 +59,7 @@ def check_trainer(config: "TrainerConfig") -> None:
     _check_adapter(config)
     check_targets(config.align)
     _check_uploads(config)
+    _check_growth(config)
 
 
 def _check_choices(config: "TrainerConfig") -> None:
@@ -169,6 +170,16 @@ def _check_uploads(config: "TrainerConfig") -> None:
     """Refuse uploads to nowhere."""
     if config.hf_repo_id is None and (config.upload_every_steps or config.upload_every_epochs):
         raise ConfigError("trainer.upload_every_* needs trainer.hf_repo_id, where to upload to")
+
+
+def _check_growth(config: "TrainerConfig") -> None:
+    """Refuse figures of held-out rows that are not known yet."""
+    if config.start_at_rows is not None and config.evaluate_every is not None:
+        raise ConfigError(
+            "trainer.evaluate_every measures by rows of a finished cache, and "
+            "trainer.start_at_rows begins without one: leave one of them out "
+            "(trainer.validate_every goes with both)"
+        )
 
 
 def _require(config: "TrainerConfig", name: str, holds: bool, what: str) -> None:

@@ -150,6 +150,7 @@ class TrainLoop:
         state.step += 1
         state.samples_seen = item.samples_seen
         state.epoch, state.epoch_batches = item.epoch, item.epoch_batches
+        state.passes = item.passes
         return Due.after(self.config, state.step, finished_epoch)
 
     def _conclude(self, due: Due, norm: Tensor) -> None:
