@@ -58,7 +58,7 @@ from tinyflux.model.packing import pack_latents
 from tinyflux.toy.icons import Icon, shipped_icons, write_icon_files
 from tinyflux.toy.world import SHIPPED
 from tinyflux.trainer.distillation import teacher_features
-from tinyflux.trainer.evaluation import TIMES
+from tinyflux.trainer.validation import TIMES
 from tinyflux.util.config import to_dict
 from tinyflux.util.files import atomic_write
 from tinyflux.util.predictions import flow_velocity, flow_x_t

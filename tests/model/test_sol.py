@@ -24,9 +24,9 @@ from tinyflux.trainer.cache_experts import (
 from tinyflux.trainer.checkpoint import load_checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.engine import TorchEngine
-from tinyflux.trainer.evaluation import validate
 from tinyflux.trainer.step import training_loss
 from tinyflux.trainer.trainer import Trainer
+from tinyflux.trainer.validation import validate
 from tinyflux.util.buckets import default_buckets, interpolate_buckets
 
 CONFIG = TrainerConfig(

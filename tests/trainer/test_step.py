@@ -10,8 +10,8 @@ from tinyflux.errors import InputError
 from tinyflux.model.packing import pack_latents, unpack_latents
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.draws import Draws
-from tinyflux.trainer.evaluation import validate
 from tinyflux.trainer.step import training_loss
+from tinyflux.trainer.validation import validate
 from tinyflux.util.buckets import default_buckets
 
 CONFIG = TrainerConfig(

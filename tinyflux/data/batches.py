@@ -1,7 +1,7 @@
 """What a training step and validation read: samples in tensors, wherever they come from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -149,7 +149,27 @@ class StepSource(Protocol):
 
 @dataclass
 class HeldOut:
-    """Held-out samples: batches, and the key of each of their samples, in order."""
+    """Held-out samples: batches, and the key of each of their samples, in order.
+
+    Attributes:
+        null_text: T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, if known.
+    """
 
     batches: Sequence[TrainBatch]
     keys: Sequence[Sequence[str]]
+    null_text: tuple[Tensor, Tensor] | None = None
+
+    def without_captions(self) -> "HeldOut | None":
+        """The same samples with the empty caption; None if it is not known."""
+        if self.null_text is None:
+            return None
+        t5, pooled = self.null_text
+        batches = [
+            replace(
+                batch,
+                t5_embeds=t5.to(batch.t5_embeds).expand_as(batch.t5_embeds),
+                clip_pooled=pooled.to(batch.clip_pooled).expand_as(batch.clip_pooled),
+            )
+            for batch in self.batches
+        ]
+        return replace(self, batches=batches)

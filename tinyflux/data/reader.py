@@ -163,4 +163,5 @@ def read_held_out(data: CacheMixture, held_out: np.ndarray) -> HeldOut:
     return HeldOut(
         [TrainBatch.from_dict(*pair) for pair in zip(batches, zeros, strict=True)],
         [[key for key, _ in part] for part in parts],
+        data.null_text,
     )

@@ -31,7 +31,7 @@ from tinyflux.model.zoo import ModelZoo
 from tinyflux.report.results import pass_on_figures
 from tinyflux.run_dir import EVALUATION, EVALUATION_PICTURES, FINAL
 from tinyflux.storage.remote import open_folder
-from tinyflux.trainer.evaluation import validate
+from tinyflux.trainer.validation import validate
 from tinyflux.util.config import from_dict, to_dict
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write

@@ -80,6 +80,8 @@ class TrainerConfig:
         seed: Seed of the run; every draw follows from it and from the position in the run.
         val_fraction: Held-out share of a cache.
         validate_every: Optimizer steps between validations; None: none.
+        validate_times: Also tell each of validation's times apart, and take its losses under the
+            null caption; this doubles what a validation takes.
         sample_steps: Denoising steps of sample grids.
         sample_guidance: Guidance scale of sample grids.
         sample_seed: Seed of sample grids.
@@ -219,6 +221,7 @@ class TrainerConfig:
     seed: int = 0
     val_fraction: float = 0.05
     validate_every: int | None = None
+    validate_times: bool = False
     sample_steps: int = 28
     sample_guidance: float = 5.0
     sample_seed: int = 0
