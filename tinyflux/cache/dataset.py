@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.cache.manifest import MODEL_SETTINGS, Manifest, ShardInfo
+from tinyflux.cache.manifest import MODEL_SETTINGS, FileInfo, Manifest, ShardInfo
 from tinyflux.cache.schema import GROUPS, KEY, ROWS
 from tinyflux.cache.shards import SHARD_FOLDER, ShardReader, read_null_text
 from tinyflux.cache.store import open_store
@@ -131,43 +132,36 @@ class CachedDataset:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise CacheError(f"the cache '{self.path}' has rows 0 to {len(self) - 1} only")
+        reads = self._plan_reads(wanted, groups, draws)
+        self._reader.open([read.shard.files[group] for read in reads for _, group in read.files])
+        result: dict[str, Tensor] = {}
+        for read in reads:
+            for names, group in read.files:
+                for column in (name for name in names if name in read.shard.files[group].columns):
+                    rows = _column_of(result, column, read.shard.files[group], len(wanted))
+                    self._reader.read_into(rows, read.places, read.shard, group, column, read.rows)
+        return result if as_stored else {name: part.float() for name, part in result.items()}
+
+    def _plan_reads(
+        self, wanted: np.ndarray, groups: Collection[str], draws: np.ndarray | None
+    ) -> list["_Read"]:
+        """What is read of each shard and variant for the rows ``wanted``; see :meth:`read`."""
         shard_of = np.searchsorted(self._ends, wanted, side="right")
         variants, variant_of = self.manifest.variants, np.zeros(len(wanted), np.int64)
         if draws is not None:
             last = len(variants) - 1
             variant_of = np.minimum(np.floor(draws * len(variants)), last).astype(np.int64)
-        parts = []
+        reads = []
         for number in np.unique(shard_of).tolist():
-            inside = shard_of == number
+            inside, shard = shard_of == number, self.manifest.shards[number]
             for variant in np.unique(variant_of[inside]).tolist():
                 places = np.nonzero(inside & (variant_of == variant))[0]
-                shard = self.manifest.shards[number]
-                chosen = list(_files_of(shard, variants[variant], groups))
-                parts.append((number, places, chosen))
-        self._reader.open(
-            [self.manifest.shards[number].files[group]
-             for number, _, chosen in parts for _, group in chosen]
-        )  # fmt: skip
-        result: dict[str, Tensor] = {}
-        for number, places, chosen in parts:
-            shard = self.manifest.shards[number]
-            rows = wanted[places] - (self._ends[number] - shard.samples)
-            if shard.dropped:
-                rows = np.delete(np.arange(shard.rows), shard.dropped)[rows]
-            for names, group in chosen:
-                file = shard.files[group]
-                for column in (name for name in names if name in file.columns):
-                    layout = file.columns[column]
-                    if column not in result:
-                        dtype = parse_dtype(layout.dtype)
-                        result[column] = torch.empty(len(wanted), *layout.shape, dtype=dtype)
-                    elif result[column].shape[1:] != layout.shape:
-                        raise CacheError(
-                            f"the rows asked for have {column} of several sizes: read the rows of "
-                            f"one size at a time"
-                        )
-                    self._reader.read_into(result[column], places, shard, group, column, rows)
-        return result if as_stored else {name: part.float() for name, part in result.items()}
+                rows = wanted[places] - (self._ends[number] - shard.samples)
+                if shard.dropped:
+                    rows = np.delete(np.arange(shard.rows), shard.dropped)[rows]
+                files = list(_files_of(shard, variants[variant], groups))
+                reads.append(_Read(shard, files, rows, places))
+        return reads
 
     def check(self, model: TinyFluxConfig, use_lune: bool, use_sol: bool) -> None:
         """Refuse to train ``model`` on a dataset that was made for another.
@@ -209,6 +203,37 @@ class CachedDataset:
                     f"the cache '{self.path}' holds {column} of width {layout.shape[axis]}, "
                     f"model.{field} is {getattr(model, field)}"
                 )
+
+
+class _Read(NamedTuple):
+    """Rows of one shard and one variant of its pictures.
+
+    Attributes:
+        files: columns, and the group of the file that they are in.
+        rows: ``[N]``, in the files; ``places``: ``[N]``, in the result.
+    """
+
+    shard: ShardInfo
+    files: list[tuple[tuple[str, ...], str]]
+    rows: np.ndarray
+    places: np.ndarray
+
+
+def _column_of(result: dict[str, Tensor], column: str, file: FileInfo, count: int) -> Tensor:
+    """The ``[count, ...]`` of a column in ``result``, made when it is met first.
+
+    Raises:
+        CacheError: ``file`` has it in another size.
+    """
+    layout = file.columns[column]
+    if column not in result:
+        result[column] = torch.empty(count, *layout.shape, dtype=parse_dtype(layout.dtype))
+    elif result[column].shape[1:] != layout.shape:
+        raise CacheError(
+            f"the rows asked for have {column} of several sizes: read the rows of one size at a "
+            "time"
+        )
+    return result[column]
 
 
 def _files_of(

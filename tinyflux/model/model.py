@@ -47,26 +47,7 @@ class TinyFluxDeep(nn.Module):
             )
             self.text_balance = nn.Parameter(torch.zeros(()))  # sigmoid: CLIP and T5 alike
 
-        if config.use_lune_expert:
-            self.lune_predictor = LunePredictor(
-                hidden_size=width,
-                pooled_dim=config.pooled_projection_dim,
-                expert_dim=config.lune_expert_dim,
-                width=config.lune_hidden_dim,
-                dropout=config.lune_dropout,
-            )
-        if config.use_sol_prior:
-            self.sol_prior = SolPrior(
-                hidden_size=width,
-                pooled_dim=config.pooled_projection_dim,
-                width=config.sol_hidden_dim,
-                num_heads=heads,
-                spatial_size=config.sol_spatial_size,
-                num_stats=config.sol_num_stats,
-                geometric_weight=config.sol_geometric_weight,
-                standardize=config.sol_standardize,
-            )
-
+        self._add_experts(config)
         self.rope = RotaryEmbedding(config.axes_dims_rope, config.theta)
         if config.use_cross_attention_sharing:
             self.txt_qkv = TextQKV(width)
@@ -101,6 +82,27 @@ class TinyFluxDeep(nn.Module):
             self.lune_predictor.requires_grad_(False)
         if config.use_sol_prior and config.freeze_sol:
             self.sol_prior.requires_grad_(False)
+
+    def _add_experts(self, config: TinyFluxConfig) -> None:
+        if config.use_lune_expert:
+            self.lune_predictor = LunePredictor(
+                hidden_size=config.hidden_size,
+                pooled_dim=config.pooled_projection_dim,
+                expert_dim=config.lune_expert_dim,
+                width=config.lune_hidden_dim,
+                dropout=config.lune_dropout,
+            )
+        if config.use_sol_prior:
+            self.sol_prior = SolPrior(
+                hidden_size=config.hidden_size,
+                pooled_dim=config.pooled_projection_dim,
+                width=config.sol_hidden_dim,
+                num_heads=config.num_attention_heads,
+                spatial_size=config.sol_spatial_size,
+                num_stats=config.sol_num_stats,
+                geometric_weight=config.sol_geometric_weight,
+                standardize=config.sol_standardize,
+            )
 
     def _init_weights(self) -> None:
         for module in self.modules():

@@ -118,10 +118,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         shape = (len(prompts), config.in_channels, height // step, width // step)
 
         cond = self.encode_prompt(prompts)
-        uncond = None
-        if guidance_scale != 1:
-            null = self.encode_prompt([negative_prompt])
-            uncond = TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
+        uncond = self._uncond(negative_prompt, cond) if guidance_scale != 1 else None
         latents = self._first_latents(shape, latents, generator)
         times = self._set_times(num_inference_steps, shape[2] * shape[3])
         with self.progress_bar(total=num_inference_steps) as bar:
@@ -157,6 +154,11 @@ class TinyFluxPipeline(DiffusionPipeline):
         tokens = _tokens("CLIP", self.tokenizer, prompts, limit)
         pooled = self.text_encoder(tokens.ids.to(device)).pooler_output
         return TextCondition(t5.to(dtype), pooled.to(dtype))
+
+    def _uncond(self, negative_prompt: str, cond: TextCondition) -> TextCondition:
+        """The negative prompt for each of the prompts of ``cond``."""
+        null = self.encode_prompt([negative_prompt])
+        return TextCondition(null.t5.expand_as(cond.t5), null.pooled.expand_as(cond.pooled))
 
     def _check_inputs(self, height: int, width: int, asked: Sequence[str]) -> None:
         """Refuse sizes that cannot be drawn, and tensors that a callback cannot have."""

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ray.exceptions import RayActorError
@@ -87,7 +88,7 @@ class EngineClient:
         """
         if self.config.log_prompts:
             logger.info("%s draws %r (not %r)", model, request.prompt, request.negative_prompt)
-        started, accepted, told, lost = time.monotonic(), False, 0, 0
+        started, reader, lost = time.monotonic(), _Reader(), 0
         clock = self._metrics.clock(model, request.height, request.width)
         while lost < MAX_TRIES:
             try:
@@ -96,38 +97,20 @@ class EngineClient:
                         if isinstance(event, ApiError):
                             # What was promised a place waits for another when that one is gone.
                             broken = event.status == 503
-                            if not broken and not (accepted and event.status == 429):
+                            if not broken and not (reader.accepted and event.status == 429):
                                 raise event
                             lost += broken
                             await asyncio.sleep(event.retry_after or 1.0)
                             break
-                        if isinstance(event, Accepted) and accepted:
-                            continue
-                        if isinstance(event, Step):
-                            if event.step <= told:
-                                continue
-                            told = event.step
-                        accepted = True
-                        clock.saw(event)
-                        yield event
+                        if not reader.knows(event):
+                            clock.saw(event)
+                            yield event
                         if isinstance(event, Drawn):
                             return
             except RayActorError as error:
                 lost += 1
                 self._metrics.lost(model)
                 logger.warning("a replica of %s was lost: %s", model, type(error).__name__)
-            except RayServeException as error:
-                raise ApiError(
-                    503, f"the model '{model}' has no replica that works", retry_after=5
-                ) from error
-            except ApiError:
-                raise
-            except Exception as error:
-                # The replica lives: what it could not be sent, read or answer, no other one can.
-                logger.exception("a replica of %s could not be asked", model)
-                raise ApiError(
-                    500, "the server failed at this request; its log says how"
-                ) from error
         raise ApiError(
             503, f"the picture was lost with {MAX_TRIES} replicas: try again later", retry_after=5
         )
@@ -176,26 +159,78 @@ class EngineClient:
     async def _once(
         self, model: str, request: SampleRequest, every_step: bool, started: float
     ) -> AsyncGenerator[Event, None]:
-        """One try; it is cancelled at the replica when nobody listens any more."""
-        handle = self._engines[model].options(stream=True)
-        stream = cast("DeploymentResponseGenerator[Event]", handle.draw.remote(request, every_step))
-        events, ended = aiter(stream), False
+        """One try; it is cancelled at the replica when nobody listens any more.
+
+        Raises:
+            RayActorError: the replica was lost.
+            ApiError: it could not be asked, or the time is up.
+        """
+        with _told_as_api_errors(model):
+            handle = self._engines[model].options(stream=True)
+            stream = cast(
+                "DeploymentResponseGenerator[Event]", handle.draw.remote(request, every_step)
+            )
+            events, ended = aiter(stream), False
+            try:
+                while not ended:
+                    event = await self._next(events, started)
+                    ended = isinstance(event, Drawn | ApiError)
+                    yield event
+            finally:
+                if not ended:
+                    stream.cancel()
+
+    async def _next(self, events: AsyncIterator[Event], started: float) -> Event:
+        """A replica's next event, which is to come before the picture's time is up."""
+        left = started + self.config.timeout_s - time.monotonic()
         try:
-            while not ended:
-                left = started + self.config.timeout_s - time.monotonic()
-                try:
-                    event = await asyncio.wait_for(anext(events), max(left, 0.0))
-                except StopAsyncIteration:
-                    raise RuntimeError("a replica's story ended without its end") from None
-                except asyncio.TimeoutError:
-                    raise ApiError(
-                        503,
-                        f"the picture was not drawn within {self.config.timeout_s:g} s: ask for "
-                        "less, or try again later",
-                        retry_after=self.config.timeout_s,
-                    ) from None
-                ended = isinstance(event, Drawn | ApiError)
-                yield event
-        finally:
-            if not ended:
-                stream.cancel()
+            return await asyncio.wait_for(anext(events), max(left, 0.0))
+        except StopAsyncIteration:
+            raise RuntimeError("a replica's story ended without its end") from None
+        except asyncio.TimeoutError:
+            raise ApiError(
+                503,
+                f"the picture was not drawn within {self.config.timeout_s:g} s: ask for less, or "
+                "try again later",
+                retry_after=self.config.timeout_s,
+            ) from None
+
+
+@dataclass
+class _Reader:
+    """What the reader of a picture's events has been told.
+
+    Attributes:
+        accepted: that there is a place for it; ``step``: the last one that was done.
+    """
+
+    accepted: bool = False
+    step: int = 0
+
+    def knows(self, event: Event) -> bool:
+        """Whether an event is no news; else it is known from now on."""
+        if isinstance(event, Accepted) and self.accepted:
+            return True
+        if isinstance(event, Step):
+            if event.step <= self.step:
+                return True
+            self.step = event.step
+        self.accepted = True
+        return False
+
+
+@contextmanager
+def _told_as_api_errors(model: str) -> Iterator[None]:
+    """Turn what Ray raises, but for the loss of a replica, into what a client can be told."""
+    try:
+        yield
+    except (RayActorError, ApiError):
+        raise
+    except RayServeException as error:
+        raise ApiError(
+            503, f"the model '{model}' has no replica that works", retry_after=5
+        ) from error
+    except Exception as error:
+        # The replica lives: what it could not be sent, read or answer, no other one can.
+        logger.exception("a replica of %s could not be asked", model)
+        raise ApiError(500, "the server failed at this request; its log says how") from error

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from tinyflux.inference.sampler import sample_path, write_samples
+from tinyflux.run_dir import BEST, METRICS
 from tinyflux.storage.folder import Folder, LocalFolder
 from tinyflux.trainer.best import BestCheckpoint, read_best
 from tinyflux.trainer.checkpoint import (
@@ -44,6 +45,17 @@ class RunPaths:
     tensorboard: Path
     metrics: Path
     best: Path
+
+    @classmethod
+    def stated(cls, config: TrainerConfig) -> "RunPaths":
+        """Where ``config`` says that the plain ``Trainer`` writes."""
+        return cls(
+            checkpoints=Path(config.checkpoint_dir),
+            samples=Path(config.sample_dir),
+            tensorboard=Path(config.tensorboard_dir),
+            metrics=Path(config.tensorboard_dir) / METRICS,
+            best=Path(config.checkpoint_dir) / BEST,
+        )
 
 
 class Recorder:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from tinyflux.errors import InputError, TrainingError
 from tinyflux.inference.sampler import Sampler
 from tinyflux.model.adapters import has_adapter
 from tinyflux.model.weights import as_module
-from tinyflux.run_dir import BEST, METRICS
 from tinyflux.trainer.adapter import begin_adapter, check_same_adapter, check_same_base
 from tinyflux.trainer.checkpoint import (
     CheckpointData,
@@ -30,6 +28,7 @@ from tinyflux.trainer.evaluation import Evaluator, InlineEvaluator
 from tinyflux.trainer.init_from import FirstWeights, ThisMachine, begin_from, find_weights
 from tinyflux.trainer.loader_steps import FeatureSource, LoaderSteps
 from tinyflux.trainer.loop import TrainLoop
+from tinyflux.trainer.null_text import find_null_text
 from tinyflux.trainer.picture_figures import PictureFigures
 from tinyflux.trainer.power_ema import PowerEMA
 from tinyflux.trainer.projectors import check_same_targets, load_projectors, with_projectors
@@ -120,6 +119,29 @@ class Trainer:
             InputError: captions are dropped and nobody knows the empty one's embeddings, or
                 ``config.evaluate_every`` is set and nothing measures.
         """
+        self._check_setup(sampler, figures)
+        config = self.config
+        source = _steps_of(dataloader, cache, config)
+        if null_text is None and config.text_dropout > 0:
+            null_text = find_null_text(source, sampler)
+        self._source = source
+        self._begin()
+        self._measure_sol(source)
+        buckets = default_buckets() if source.t_buckets is None else source.t_buckets
+        evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler, figures)
+        self._loop = TrainLoop(
+            self._engine,
+            config,
+            self._state,
+            self._ema,
+            null_text,
+            buckets,
+            Recorder(config, RunPaths.stated(config), InlineEvaluator(evaluator)),
+            self._power_ema,
+        )
+
+    def _check_setup(self, sampler: Sampler | None, figures: PictureFigures | None) -> None:
+        """Refuse settings that what is given cannot meet."""
         if self.config.evaluate_every is not None and figures is None:
             raise InputError(
                 "trainer.evaluate_every needs something that measures: pass Trainer.setup figures, "
@@ -130,32 +152,6 @@ class Trainer:
                 f"the sampler draws on {sampler.device} and the trainer trains on {self._device}: "
                 "make the Sampler with the device that the model is on"
             )
-        config = self.config
-        source = _steps_of(dataloader, cache, config)
-        if null_text is None and config.text_dropout > 0:
-            null_text = _find_null_text(source, sampler)
-        self._source = source
-        self._begin()
-        self._measure_sol(source)
-        buckets = default_buckets() if source.t_buckets is None else source.t_buckets
-        paths = RunPaths(
-            checkpoints=Path(config.checkpoint_dir),
-            samples=Path(config.sample_dir),
-            tensorboard=Path(config.tensorboard_dir),
-            metrics=Path(config.tensorboard_dir) / METRICS,
-            best=Path(config.checkpoint_dir) / BEST,
-        )
-        evaluator = Evaluator(self.model, self._ema, config, buckets, held_out, sampler, figures)
-        self._loop = TrainLoop(
-            self._engine,
-            config,
-            self._state,
-            self._ema,
-            null_text,
-            buckets,
-            Recorder(config, paths, InlineEvaluator(evaluator)),
-            self._power_ema,
-        )
 
     def _begin_adapter(self) -> None:
         """Put an adapter on the weights of ``config.init_from``, before anything knows the model.
@@ -294,18 +290,3 @@ def _steps_of(
             "itself, and a cache beside it: leave the cache out"
         )
     return data
-
-
-def _find_null_text(source: StepSource, sampler: Sampler | None) -> tuple[Tensor, Tensor]:
-    """T5 ``[L, D]`` and pooled ``[P]`` embeddings of the empty caption, from whoever has them."""
-    null_text = source.null_text
-    if null_text is None and sampler is not None:
-        t5, pooled = sampler.zoo.encode_prompts_batched([""], allow_empty=True)
-        null_text = (t5[0], pooled[0])
-    if null_text is None:
-        raise InputError(
-            "neither the dataset nor the cache knows the empty caption's embeddings, which dropped "
-            "captions are trained on and inference is given: pass Trainer.setup a sampler or "
-            "null_text=(t5, pooled) of '', or set trainer.text_dropout to 0"
-        )
-    return null_text
