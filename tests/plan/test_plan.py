@@ -26,8 +26,9 @@ from tinyflux.model.presets import preset
 from tinyflux.model.pretrained import SD15_UNET
 from tinyflux.model.teachers import lune_features, sol_features
 from tinyflux.plan import encoders
+from tinyflux.plan.memory import plan_memory
 from tinyflux.plan.plan import make_plan
-from tinyflux.plan.work import count_step, flop_counter, forward_flops, step_work
+from tinyflux.plan.work import StepWork, count_step, flop_counter, forward_flops, step_work
 from tinyflux.trainer.checkpoint import CheckpointData, save_checkpoint
 from tinyflux.trainer.checkpoint_state import TrainerState
 from tinyflux.trainer.config import TrainerConfig
@@ -309,6 +310,30 @@ def test_an_optimizers_memory_is_what_it_keeps(optimizer):
     state = flatten_state(made, names, list(student.parameters()))
     kept = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith("/step"))
     assert step_work(config, settings, 1, (4, 4)).moment_bytes(optimizer) == kept
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "gigabytes"), [("adamw", 20.0), ("muon", 16.8), ("adafactor", 12.0)]
+)
+def test_a_nodes_memory_holds_a_checkpoint_as_the_optimizer_keeps_it(optimizer, gigabytes):
+    """Weights and two averages of 1e9 numbers, and their moments, until they are written."""
+    count = 10**9
+    work = StepWork(
+        parameters=count, trainable=count, matrices=8 * 10**8, factors=10**6, largest=10**6,
+        flops=1, activation_bytes=0,
+    )  # fmt: skip
+
+    def needed(**settings):
+        trainer = {"optimizer": optimizer, "ema_lengths": [0.1], **settings}
+        run = a_run(
+            trainer=trainer, workers={"engine": "torch"}, cluster={"memory_gb_per_node": 0.1}
+        )
+        with pytest.raises(ConfigError, match="beside its GPUs") as caught:
+            plan_memory(run, work, (0,), 0, 1, workers_per_node=8)
+        return float(re.search(r"needs ([\d.]+) GB", str(caught.value))[1])
+
+    copied = needed(async_checkpoints=True) - needed(async_checkpoints=False)
+    assert copied == pytest.approx(gigabytes, abs=0.11)  # both are rounded
 
 
 def test_each_zero_stage_needs_no_more_memory_than_the_one_before():

@@ -114,13 +114,12 @@ def _check_host(work: StepWork, run: RunConfig, workers_per_node: int) -> None:
     cluster, workers, trainer = run.cluster, run.workers, run.trainer
     if not (workers.use_gpu and cluster.memory_gb_per_node):
         return
-    state = 3 * FP32 * work.trainable
     needs = workers_per_node * PROCESS
     if workers.offload and workers.zero_stage:
+        state = FP32 * work.trainable + work.moment_bytes(trainer.optimizer)
         needs += workers_per_node * -(-state // workers.num_workers)
     if trainer.async_checkpoints:
-        averages = len(trainer.ema_lengths) * FP32 * work.trainable
-        needs += state + averages + FP32 * work.parameters  # of rank 0, on its way to the disk
+        needs += work.checkpoint_bytes(trainer)  # rank 0's copy, on its way to the disk
     if needs > cluster.memory_gb_per_node * GB:
         raise ConfigError(
             f"the node of the first worker needs {needs / GB:.1f} GB of memory beside its GPUs and "

@@ -183,8 +183,7 @@ def _plan_checkpoint(
     run: RunConfig, work: StepWork, stage: int, step_seconds: float, link: float
 ) -> _Checkpoint:
     trainer, count = run.trainer, run.workers.num_workers
-    averages = (1 + len(trainer.ema_lengths)) * (work.trainable - work.projectors)
-    size = FP32 * (work.parameters + averages) + work.moment_bytes(trainer.optimizer)
+    size = work.checkpoint_bytes(trainer)
     gathered = size if stage == 3 else size - FP32 * work.parameters
     gathering = gathered * (count - 1) / count / link
     writing = size / run.cluster.storage(1)

@@ -90,6 +90,11 @@ class StepWork:
             return FP32 * self.factors
         return FP32 * (2 * self.trainable - (self.matrices if optimizer == "muon" else 0))
 
+    def checkpoint_bytes(self, trainer: TrainerConfig) -> int:
+        """A checkpoint's weights, averages of the model's, and optimizer state."""
+        averages = (1 + len(trainer.ema_lengths)) * (self.trainable - self.projectors)
+        return FP32 * (self.parameters + averages) + self.moment_bytes(trainer.optimizer)
+
 
 def step_work(
     config: TinyFluxConfig, trainer: TrainerConfig, micro_batch: int, grid: tuple[int, int]
