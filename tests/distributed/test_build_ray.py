@@ -79,7 +79,7 @@ def test_killed_actors_and_drivers_leave_the_dataset_that_a_bare_loop_builds(con
     """SIGKILLs at seeded moments, of an actor or of the driver; then one run to the end."""
     mine = changed(configs, cache={"path": f"{configs.cache.path}-killed", "num_actors": 2})
     dice = random.Random(1)
-    drivers, actors, each = 0, 0, kills(4) // 2
+    drivers, actors, each = 0, 0, -(-kills(4) // 2)
     receipts = mine.store.directory / "receipts"
     while drivers < each or actors < each:
         driver = start(mine, head)

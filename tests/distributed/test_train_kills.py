@@ -138,7 +138,7 @@ def test_seeded_kills_leave_the_run_bit_for_bit_as_it_was(straight, head):
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 victims.append(title.decode())
     assert driver.wait(timeout=PATIENCE) == 0, log_of(killed)
-    assert len(set(victims)) > 1
+    assert len(set(victims)) > 1 or KILLS < 5  # so few may all be of one kind
     first, second = final(straight), final(killed)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
