@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.students import SIZES
 from tinyflux.errors import ConfigError, InputError
 from tinyflux.model.model import (
     PRESETS,
@@ -25,20 +26,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def small(**changes) -> TinyFluxConfig:
-    sizes = {
-        "hidden_size": 48,
-        "num_attention_heads": 3,
-        "attention_head_dim": 16,
-        "num_double_layers": 2,
-        "num_single_layers": 2,
-        "lune_expert_dim": 20,
-        "lune_hidden_dim": 16,
-        "sol_hidden_dim": 16,
-        "t5_hidden_size": 24,
-        "pooled_projection_dim": 12,
-        "axes_dims_rope": (4, 6, 6),
-        "in_channels": 8,
-    }
+    sizes = {**SIZES, "num_double_layers": 2, "num_single_layers": 2, "in_channels": 8}
     return TinyFluxConfig(**{**sizes, **changes})
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fixtures.students import make_batch
+from tests.fixtures.students import SIZES, make_batch
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.packing import token_grid
 from tinyflux.model.presets import preset
@@ -16,22 +16,7 @@ from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
 
 MILLIONS = {"s": 99.7, "b": 248.6, "l": 596.2}
-# What makes a preset's student so small that a step of it takes no time, and fits `make_batch`.
-SMALL = {
-    "hidden_size": 48,
-    "num_attention_heads": 3,
-    "attention_head_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-    "num_double_layers": 1,
-    "num_single_layers": 2,
-    "lune_expert_dim": 20,
-    "lune_hidden_dim": 16,
-    "sol_hidden_dim": 16,
-    "t5_hidden_size": 24,
-    "pooled_projection_dim": 12,
-    "in_channels": 4,
-    "max_text_length": 5,
-}
+SMALL = {**SIZES, "num_single_layers": 2}
 
 
 @pytest.mark.parametrize("name", MILLIONS)
