@@ -22,7 +22,9 @@ def engine(place):
         checkpoint=str(place / "model"), max_steps=10, max_size=32,
         default_steps=2, default_size=16,
     )  # fmt: skip
-    return open_engine(config, zoo_config(place / "world"))
+    engine = open_engine(config, zoo_config(place / "world"))
+    yield engine
+    engine.close(drain=False)
 
 
 def test_a_request_gives_one_picture_of_its_size_and_seed(engine):

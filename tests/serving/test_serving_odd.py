@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import threading
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from ray.serve._private.local_testing_mode import make_local_deployment_handle
 
 from tests.fixtures.odd_requests import GOOD, VALUES, Address, addresses, body_of, odd_requests
 from tests.fixtures.serving_place import make_place
+from tests.fixtures.waiting import PATIENCE
 from tests.fixtures.worlds import zoo_config
 from tinyflux.inference.request import SampleRequest
 from tinyflux.serving.client import EngineClient
@@ -38,7 +41,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory) -> EngineClient:
+def client(tmp_path_factory) -> Iterator[EngineClient]:
     place = make_place(tmp_path_factory.mktemp("odd"))
     config = ServeConfig(
         checkpoint=str(place / "model"), default_size=16, default_steps=2, default_guidance=2.0,
@@ -46,7 +49,14 @@ def client(tmp_path_factory) -> EngineClient:
     )  # fmt: skip
     zoo = zoo_config(place / "world")
     shared = serve.deployment(SharedState).options(name="shared").bind(config)
-    replica = serve.deployment(EngineReplica).options(name="model")
+    replicas = []
+
+    class Replica(EngineReplica):
+        def __init__(self, *args):
+            super().__init__(*args)
+            replicas.append(self)
+
+    replica = serve.deployment(Replica).options(name="model")
     engine = replica.bind(config, zoo, "tinyflux", config.checkpoint, shared)
     me = context.ReplicaContext(
         ReplicaID("here", DeploymentID("model", "tinyflux")), None, None, None, 1
@@ -57,7 +67,13 @@ def client(tmp_path_factory) -> EngineClient:
         handles = build_app(
             engine, name="tinyflux", make_deployment_handle=make_local_deployment_handle
         ).deployment_handles
-    return EngineClient(config, {"tinyflux": handles["model"]}, handles["shared"])
+    yield EngineClient(config, {"tinyflux": handles["model"]}, handles["shared"])
+    for made in replicas:
+        made.__del__()  # as Ray Serve ends it
+    # Else they draw while other modules' hypothesis does.
+    for thread in (each for each in threading.enumerate() if each.name == "follower"):
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
