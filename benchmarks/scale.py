@@ -4,10 +4,12 @@ Runs the real code of a build's driver and of a training worker's start at growi
 process of its own, and carries the seconds and the memory on to 1e8 and 1e9 samples at the rate
 between the two largest sizes. No model runs: the index is made up, and the files of features are
 sparse, so what is left is the bookkeeping. A shard holds 653 samples, the mean of the default
-``cache.rows_per_shard``. Prints JSON.
+``cache.rows_per_shard``. Beside the seconds on the clock are those of the processor, which other
+work on the machine changes little. Prints JSON.
 
 Parts:
     plan      the driver cuts the index into shards and writes their rows files
+    keys      the driver looks for samples that are listed twice
     receipts  the driver reads every receipt
     manifest  the driver writes the manifest
     former    the driver looks for rows to take from shards that are no longer planned
@@ -32,6 +34,7 @@ import numpy as np
 from record import add_json_option, record
 
 from tinyflux.cache.config import DataConfig, MixSource
+from tinyflux.cache.key_set import KeySet
 from tinyflux.cache.manifest import FileInfo, Manifest, Recipe, ShardInfo
 from tinyflux.cache.partition import PlannedShard, plan_shards
 from tinyflux.cache.receipts import Receipt, group_path, receipt_path
@@ -64,6 +67,7 @@ FINGERPRINTS = dict.fromkeys(COLUMNS, FINGERPRINT)
 # What fits a few minutes, by part; the plan and held_out touch every row.
 SIZES = {
     "plan": (10_000, 100_000, 400_000),
+    "keys": (100_000, 1_000_000, 4_000_000),
     "receipts": (100_000, 1_000_000, 4_000_000),
     "manifest": (100_000, 1_000_000, 10_000_000),
     "former": (100_000, 1_000_000, 4_000_000),
@@ -140,6 +144,19 @@ def plan(root: Path, samples: int) -> Work:
     (root / SHARD_FOLDER).mkdir()
     splits = list(index(samples))
     return lambda: list(plan_shards(LocalStore(root), config(), splits, 1024, Rejected()))
+
+
+def keys(_: Path, samples: int) -> Work:
+    rng = np.random.default_rng(0)
+
+    def look() -> KeySet:
+        found = KeySet()
+        for _ in range(samples // 1000):
+            digits = rng.bytes(16 * 1000).hex()
+            found.add([digits[start : start + 32] for start in range(0, len(digits), 32)])
+        return found
+
+    return look
 
 
 def write_receipts(root: Path, samples: int) -> list[PlannedShard]:
@@ -244,6 +261,7 @@ def order(root: Path, samples: int) -> Work:
 
 PARTS: dict[str, Callable[[Path, int], Work]] = {
     "plan": plan,
+    "keys": keys,
     "receipts": receipts,
     "manifest": manifest,
     "former": former,
@@ -261,15 +279,18 @@ def status(name: str) -> int:
 
 
 def measure(part: str, samples: int) -> dict[str, float]:
-    """Seconds, and the memory that it adds at its peak."""
+    """Seconds on the clock and of the processor, and the memory that it adds at its peak."""
     with tempfile.TemporaryDirectory(prefix="tinyflux-scale-") as folder:
         work = PARTS[part](Path(folder), samples)
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         made = work()
-        seconds = time.perf_counter() - started
-        found = {"seconds": round(seconds, 3), "mb": round((status("VmHWM") - before) / 1e6, 1)}
+        found = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - worked, 3),
+            "mb": round((status("VmHWM") - before) / 1e6, 1),
+        }
         files = [path for path in Path(folder).rglob("manifest*") if path.is_file()]
         if part == "manifest":
             found["file_mb"] = round(sum(path.stat().st_size for path in files) / 1e6, 2)
@@ -300,7 +321,8 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
         return
-    result: dict[str, object] = {}
+    shard = {"samples": PER_SHARD, "files": 1 + len(COLUMNS), "receipts": len(COLUMNS)}
+    result: dict[str, object] = {"shard": shard}
     for part in arguments.parts:
         found = {}
         for samples in (size for size in SIZES[part] if size <= arguments.most):
