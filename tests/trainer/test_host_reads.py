@@ -17,6 +17,7 @@ from tinyflux.trainer.feed import Feed
 from tinyflux.trainer.loop import TrainLoop
 from tinyflux.trainer.step import training_loss
 from tinyflux.util.buckets import default_buckets
+from tinyflux.util.philox import key_of, normal_at
 
 
 def reads_of_run(directory, steps):
@@ -52,9 +53,23 @@ def test_a_micro_batch_made_ready_ahead_copies_nothing(tmp_path, ahead):
     assert found == ({} if ahead else {"copy to meta": 6, "tolist": 1})
 
 
-def test_what_is_made_ready_ahead_is_what_is_made_at_once(tmp_path):
+def test_noise_by_counter_is_made_on_the_device_and_reads_nothing(tmp_path):
+    config = settings(tmp_path, noise_generator="philox")
+    batch, device = make_batch(), torch.device("meta")
+    conditions = Conditions.of(batch, config, device)
+    assert conditions.noise.device == device
+    assert conditions.t.device == torch.device("cpu")
+    places = batch.positions.to(device)
+    with host_reads() as found:
+        noise = normal_at(key_of(config.seed, "noise"), places, 64)
+    assert found == {}
+    assert noise.device == device
+
+
+@pytest.mark.parametrize("generator", ["torch", "philox"])
+def test_what_is_made_ready_ahead_is_what_is_made_at_once(tmp_path, generator):
     control = AlignConfig("latents", 1, shuffle=True)
-    config = settings(tmp_path, text_dropout=0.3, align=[control])
+    config = settings(tmp_path, text_dropout=0.3, align=[control], noise_generator=generator)
     feed = Feed(torch.device("cpu"), config)
     data = [StepData([make_batch(seed=seed)[:5]], seed, 0, 0, 5) for seed in range(6)]
     ahead = list(feed.steps(iter(data)))

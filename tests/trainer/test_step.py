@@ -92,6 +92,23 @@ def test_draws_stay_what_they_were():
     assert draws.dropout.tolist() == [1607702830, 313465270]
 
 
+def test_noise_by_counter_changes_the_noise_alone_and_depends_on_seed_and_position_only():
+    places, shape = torch.tensor([3, 8]), (4, 3, 2)
+    plain, drawn = Draws.at(0, places, shape), Draws.at(0, places, shape, "philox")
+    for name, value in vars(plain).items():
+        assert torch.equal(value, vars(drawn)[name]) == (name != "noise")
+    assert drawn.noise.shape == plain.noise.shape
+    assert drawn.noise.dtype == torch.float32
+    alone = Draws.at(0, places[1:], shape, "philox")
+    assert torch.equal(alone.noise[0], drawn.noise[1])
+    assert not torch.equal(Draws.at(1, places[1:], shape, "philox").noise, alone.noise)
+    first, _ = loss_and_gradient(student(), [make_batch()])
+    other, _ = loss_and_gradient(
+        student(), [make_batch()], replace(CONFIG, noise_generator="philox")
+    )
+    assert not torch.equal(first, other)
+
+
 def test_dropped_captions_become_the_null_caption():
     model, batch = student(), make_batch()
     everything = replace(CONFIG, text_dropout=1.0)

@@ -121,6 +121,10 @@ class TrainerConfig:
             ``block``, ``weight``, ``projector``, ``loss``, ``t_range``, ``stop`` and ``shuffle``.
             None by default.
 
+        noise_generator: What draws the noise: ``"torch"``, a CPU generator for each sample, or
+            ``"philox"``, by counters on the run's device, bit for bit the same numbers on each. The
+            two draw other numbers, so a run that goes on keeps what it began with.
+
         start_at_rows: Rows of unfinished caches that a run may begin with. It takes in the shards
             that were committed meanwhile at the end of each pass, until the caches are finished.
             None waits for nothing and wants finished caches.
@@ -242,6 +246,7 @@ class TrainerConfig:
     init_from_ema: bool = True
     adapter: AdapterConfig | None = None
     align: list[AlignConfig] = field(default_factory=list)
+    noise_generator: str = "torch"
     start_at_rows: int | None = None
 
     # Figures of pictures beside training, and the best checkpoint

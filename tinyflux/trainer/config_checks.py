@@ -17,6 +17,7 @@ LR_SCHEDULERS = ("cosine", "linear", "constant", "wsd")
 WARMUP_TYPES = ("linear", "cosine")
 LUNE_MODES = ("cosine", "mse", "huber")
 SNR_KINDS = ("epsilon", "velocity")
+NOISE_GENERATORS = ("torch", "philox")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 # The relative width of a plain mean: a power function's EMA is shorter.
 LONGEST_EMA = 12**-0.5
@@ -29,6 +30,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "warmup_type": WARMUP_TYPES,
     "lune_mode": LUNE_MODES,
     "snr_kind": SNR_KINDS,
+    "noise_generator": NOISE_GENERATORS,
     "compile_mode": (None, *COMPILE_MODES),
 }
 _COUNTS = (

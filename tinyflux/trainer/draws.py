@@ -12,6 +12,7 @@ from tinyflux.data.batches import TrainBatch
 from tinyflux.model.time_shift import shift_at
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import timesteps_from_normal
+from tinyflux.util.philox import key_of, normal_at
 from tinyflux.util.seeding import generator, randn_for
 
 
@@ -34,8 +35,17 @@ class Draws:
     dropout: Tensor
 
     @classmethod
-    def at(cls, seed: int, positions: Tensor, shape: tuple[int, ...]) -> "Draws":
+    def at(
+        cls,
+        seed: int,
+        positions: Tensor,
+        shape: tuple[int, ...],
+        noise_generator: str = "torch",
+        device: torch.device | str = "cpu",
+    ) -> "Draws":
         """Draws for samples at ``positions``, whose latents have ``shape`` ``(C, H, W)``.
+
+        All are on the CPU, but for the noise by ``"philox"``, which is made on ``device``.
 
         A sample's numbers always come in the same order, whatever options are on: the normal, the
         caption's, the teachers', one that was Sol's own and is drawn so that the next stays what
@@ -50,7 +60,11 @@ class Draws:
             normal[row] = torch.randn((), generator=source)
             uniform[row] = torch.rand(3, generator=source)
             dropout[row] = torch.randint(2**31, (), generator=source)
-        noise = torch.stack([randn_for(shape, seed, "noise", place) for place in places])
+        if noise_generator == "philox":
+            there = positions.to(device, non_blocking=True)
+            noise = normal_at(key_of(seed, "noise"), there, math.prod(shape)).unflatten(1, shape)
+        else:
+            noise = torch.stack([randn_for(shape, seed, "noise", place) for place in places])
         text, teachers, _ = uniform.unbind(-1)
         return cls(normal, noise, text, teachers, dropout)
 
@@ -79,9 +93,15 @@ class Conditions:
     others: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: TrainBatch, config: TrainerConfig) -> "Conditions":
-        """Those of a batch, on the CPU, where they are the same numbers for every device."""
-        draws = Draws.at(config.seed, batch.positions, tuple(batch.latents.shape[1:]))
+    def of(
+        cls, batch: TrainBatch, config: TrainerConfig, device: torch.device | str = "cpu"
+    ) -> "Conditions":
+        """Those of a batch, the same numbers for every device.
+
+        They are on the CPU, but for noise that ``config`` wants drawn on the run's ``device``.
+        """
+        shape = tuple(batch.latents.shape[1:])
+        draws = Draws.at(config.seed, batch.positions, shape, config.noise_generator, device)
         t = timesteps_from_normal(
             draws.normal,
             # Pictures of a batch have one size.

@@ -60,8 +60,10 @@ class Feed:
 
     def _begin(self, data: StepData) -> ReadyStep:
         """Draw, and begin the copies."""
-        conditions = [Conditions.of(batch, self._config) for batch in data.micro_batches]
         with torch.cuda.stream(self._stream):  # None changes no stream
+            conditions = [
+                Conditions.of(batch, self._config, self._device) for batch in data.micro_batches
+            ]
             batches = [batch.map(self._copy) for batch in data.micro_batches]
             moved = [one.map(self._copy) for one in conditions]
             copied = None if self._stream is None else self._stream.record_event()
@@ -69,7 +71,7 @@ class Feed:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; on a GPU it is there once the stream has come so far."""
-        if self._stream is None:
+        if self._stream is None or tensor.device.type == self._device.type:
             return tensor.to(self._device)
         return tensor.pin_memory().to(self._device, non_blocking=True)
 

@@ -74,7 +74,8 @@ def training_loss(
     """
     device = batch.latents.device
     if conditions is None:
-        conditions = Conditions.of(batch, config).map(lambda tensor: tensor.to(device))
+        made = Conditions.of(batch, config, device)
+        conditions = made.map(lambda tensor: tensor.to(device))
     t, noise = conditions.t, conditions.noise
     data = batch.latents.float()
     t5, pooled = _drop_text(batch, conditions.no_text, null_text)
