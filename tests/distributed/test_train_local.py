@@ -4,6 +4,7 @@ Slow: four processes import torch.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,3 +151,25 @@ def test_a_local_run_leaves_what_a_run_leaves_and_goes_on_bit_for_bit(run):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert figures(stopped) == figures(run)
+
+
+def test_projectors_go_on_with_their_run_and_are_no_part_of_its_result(run):
+    options = ["--trainer.align", "[{group: latents, block: 1, stop: 0.7}, "
+               "{group: latents, block: 2, projector: conv, shuffle: true}]"]  # fmt: skip
+    whole, killed = (replace(run, run_dir=f"{run.run_dir}-{name}") for name in ("align", "again"))
+    train(whole, *options)
+    # As after a kill: what follows the checkpoint of step 4 is gone, and only that one is there.
+    train(killed, *options)
+    for left in ("final", "checkpoints/step_00000006"):
+        shutil.rmtree(Path(killed.run_dir) / left)
+    assert "continuing from" in train(killed, *options)
+    first, second = final(whole), final(killed)
+    assert first.keys() == second.keys() == load_model(
+        Path(whole.run_dir) / "final", device="cpu"
+    ).state_dict().keys()  # fmt: skip
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    kept = [load_file(Path(one.run_dir) / "checkpoints/step_00000006/projectors.safetensors")
+            for one in (whole, killed)]  # fmt: skip
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
+    records = read_metrics(Path(whole.run_dir) / "metrics.jsonl")
+    assert all(record["align_latents_2"] > 0 for record in records if "loss" in record)
