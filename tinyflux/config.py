@@ -354,6 +354,7 @@ def _resolve_paths(run: RunConfig) -> None:
         if value := getattr(section, name):
             setattr(section, name, _resolved(value))
     run.serve.models = {name: _resolved(place) for name, place in run.serve.models.items()}
+    run.serve.adapters = {name: _resolved(place) for name, place in run.serve.adapters.items()}
 
 
 def _warn_of_former_names(run: RunConfig) -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests.fixtures import keeper
 from tests.fixtures.ray_head import ENVIRONMENT, ROOT, Descendants, running_cluster
 from tests.fixtures.serving_place import make_place
+from tests.fixtures.students import write_adapter
 from tests.fixtures.waiting import PATIENCE, answers, free_ports, wait_for
 from tests.fixtures.worlds import zoo_config
 from tinyflux.config import RunConfig, save_run_config
@@ -31,12 +32,14 @@ pytestmark = pytest.mark.slow
 def serving(place, environment):
     """The process, its address and its log; it has no keys, and five seconds for a picture."""
     make_place(place)
+    adapter = write_adapter(str(place / "model"), place / "ink", seed=1)
     run = RunConfig(
         run_dir=str(place / "run"),
         zoo=zoo_config(place / "world"),
         serve=ServeConfig(
             port=free_ports(1)[0],
             checkpoint=str(place / "model"),
+            adapters={"ink": adapter},
             max_steps=1000,
             max_size=128,
             default_size=16,
@@ -151,7 +154,20 @@ def test_the_job_keeps_its_time_and_draws_what_it_accepted_before_it_ends(job):
     assert answer.status_code == 403
     assert "API keys" in answer.json()["error"]["message"]
     # Its Ray's proxies have what `tinyflux.serving.proxy` puts there; without, this is a 500.
-    assert httpx.get(f"{url}/info", headers=[(b"x-session-id", b"\xff")]).status_code == 200
+    info = httpx.get(f"{url}/info", headers=[(b"x-session-id", b"\xff")])
+    assert info.status_code == 200
+    assert info.json()["adapters"] == ["ink"]
+    pictures = [
+        httpx.post(
+            f"{url}/generate",
+            json={"prompt": "red circle", "num_steps": 4, "seed": 1, "adapter": name},
+            timeout=60,
+        )
+        for name in (None, "ink", "oil")
+    ]
+    assert [picture.status_code for picture in pictures] == [200, 200, 400]
+    assert pictures[0].content != pictures[1].content
+    assert "there is no adapter 'oil': ink" in pictures[2].json()["error"]["message"]
 
     said = []
     body = {"prompt": "red circle", "num_steps": 200}

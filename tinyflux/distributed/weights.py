@@ -3,6 +3,7 @@
 import contextlib
 import os
 import posixpath
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -30,12 +31,20 @@ SUFFIXES = (".safetensors", ".pt")
 STUDENT_FILES = (WEIGHTS_NAME, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
-def load_student(checkpoint: str, device: str, dtype: torch.dtype) -> TinyFluxDeep:
+def load_student(
+    checkpoint: str, device: str, dtype: torch.dtype, adapters: Mapping[str, str] | None = None
+) -> TinyFluxDeep:
     """:func:`~tinyflux.model.loader.load_model`, which a URL may be given to as well.
+
+    Args:
+        adapters: by the names that rows of a batch are drawn with; paths, repositories or URLs.
 
     Raises:
         TinyFluxError: it cannot be fetched or opened.
     """
+    if adapters:
+        here = {name: _fetched(place) for name, place in adapters.items()}
+        return load_model(_fetched(checkpoint), device=device, dtype=dtype, adapter=here)
     base, adapter = _base_and_adapter(checkpoint)
     return load_model(
         base, device=device, dtype=dtype, adapter=None if adapter is None else adapter.place

@@ -55,6 +55,15 @@ def check_request(request: SampleRequest, config: EngineConfig, limits: PixelLim
     )
 
 
+def check_adapter(request: SampleRequest, known: Sequence[str]) -> None:
+    """Refuse an adapter that an engine does not have, with an :class:`InputError`."""
+    if request.adapter is not None and request.adapter not in known:
+        raise InputError(
+            f"there is no adapter '{request.adapter:.60}': "
+            f"{', '.join(known) if known else 'none is served'}"
+        )
+
+
 def _check_text(request: SampleRequest, most: int) -> None:
     if not request.prompt.strip():
         raise InputError("prompt is empty: say what the picture should show")

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from tinyflux.errors import CheckpointError
-from tinyflux.inference.checks import check_request
+from tinyflux.inference.checks import check_adapter, check_request
 from tinyflux.inference.config import EngineConfig, PixelLimits
 from tinyflux.inference.core import EngineCore
 from tinyflux.inference.input_processor import InputModels, InputProcessor
@@ -14,6 +14,7 @@ from tinyflux.inference.output_processor import LatentDecoder, OutputProcessor
 from tinyflux.inference.request import RequestHandle, SampleRequest
 from tinyflux.inference.request_pool import PoolStats, RequestPool
 from tinyflux.inference.request_state import RequestState
+from tinyflux.model.adapters import named_adapters
 from tinyflux.model.model import TinyFluxDeep
 
 
@@ -83,6 +84,7 @@ class ImageEngine:
     def check(self, request: SampleRequest) -> None:
         """Refuse what is out of bounds with an :class:`InputError` of one sentence."""
         check_request(request, self.config, self.pixel_limits())
+        check_adapter(request, named_adapters(self._student.model))
 
     def submit(self, request: SampleRequest) -> RequestHandle:
         """Accept a request; does not wait for anything.
@@ -115,7 +117,8 @@ class ImageEngine:
         stay in memory until then.
 
         Raises:
-            CheckpointError: it is of another config; nothing has changed then.
+            CheckpointError: it is of another config, or has other adapters; nothing has changed
+                then.
         """
         old, new = self._student.model.config.to_dict(), model.config.to_dict()
         other = [name for name in old if old[name] != new[name]]
@@ -123,6 +126,11 @@ class ImageEngine:
             raise CheckpointError(
                 "the new checkpoint is of another config than what is served (it differs in "
                 f"{', '.join(other)}): start a server of its own for it"
+            )
+        if named_adapters(model) != named_adapters(self._student.model):
+            raise CheckpointError(
+                "the new checkpoint has other adapters than what is served: start a server of its "
+                "own for it"
             )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the copies are whole before the loop reads them

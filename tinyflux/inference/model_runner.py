@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinyflux.inference.adapters import drawn_with
 from tinyflux.inference.guidance import TextCondition, guided_velocity
 from tinyflux.inference.request_state import RequestState
 from tinyflux.inference.streams import on_device
@@ -20,6 +21,7 @@ class ModelInputs:
         t: ``[B]``, each request's own time.
         cond: of all; ``uncond``: of the guided ones, None if there are none.
         guidance: ``[G]``.
+        adapters: names for the B rows with a caption, then for the G without; None is the student.
     """
 
     x: Tensor
@@ -27,6 +29,7 @@ class ModelInputs:
     cond: TextCondition
     uncond: TextCondition | None
     guidance: Tensor
+    adapters: list[str | None]
 
 
 def execute_model(batch: Sequence[RequestState]) -> list[RequestState]:
@@ -34,15 +37,16 @@ def execute_model(batch: Sequence[RequestState]) -> list[RequestState]:
     # The guided ones stand in front: only they take a second row.
     batch = sorted(batch, key=lambda state: not state.guided)
     model, inputs = batch[0].model, prepare_inputs(batch)
-    v = guided_velocity(
-        model,
-        inputs.x,
-        inputs.t,
-        inputs.cond,
-        inputs.uncond,
-        inputs.guidance,
-        model.config.patch_size,
-    )
+    with drawn_with(model, inputs.adapters):
+        v = guided_velocity(
+            model,
+            inputs.x,
+            inputs.t,
+            inputs.cond,
+            inputs.uncond,
+            inputs.guidance,
+            model.config.patch_size,
+        )
     return [state for state, each in zip(batch, v, strict=True) if state.path.advance(each)]
 
 
@@ -57,6 +61,7 @@ def prepare_inputs(batch: Sequence[RequestState]) -> ModelInputs:
         _together([state.cond for state in batch]),
         _together(negative) if negative else None,
         on_device([state.request.guidance_scale for state in guided], x.device),
+        [state.request.adapter for state in [*batch, *guided]],
     )
 
 

@@ -21,7 +21,8 @@ MAX_UNREAD = 64
 class SampleRequest:
     """One picture to draw; sizes in pixels, a seed already chosen.
 
-    ``preview_every`` asks for a preview each so many steps; 0 is none.
+    ``preview_every`` asks for a preview each so many steps; 0 is none. ``adapter`` is the name of
+    one that the engine has; None draws with the student alone.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class SampleRequest:
     seed: int
     solver: str = "euler"
     preview_every: int = 0
+    adapter: str | None = None
 
 
 class RequestHandle:

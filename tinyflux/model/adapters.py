@@ -13,6 +13,7 @@ peft is imported where it is used, because that takes seconds.
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # of the adapter that is trained, as peft calls it
+# In front of the names of adapters that are asked for by name: peft's layers have attributes.
+_SERVED = "adapter_"
 _PREFIX = "base_model.model."  # in front of each tensor's name in peft's files
 _BASE_FINGERPRINT = "base_fingerprint"  # in the config's auto_mapping, which is free for libraries
 # What of peft's LoraConfig makes the layers that are understood here.
@@ -91,6 +94,17 @@ def is_adapter(source: str | os.PathLike[str]) -> bool:
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model's layers have adapters."""
     return hasattr(model, "peft_config")
+
+
+def served_key(name: str) -> str:
+    """What peft's layers call the adapter that is asked for as ``name``."""
+    return _SERVED + name
+
+
+def named_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that rows of a batch can be drawn with; see ``load_model``."""
+    keys = getattr(model, "peft_config", {})
+    return [key.removeprefix(_SERVED) for key in keys if key.startswith(_SERVED)]
 
 
 def add_adapter(
@@ -174,7 +188,10 @@ def put_adapter(model: TinyFluxDeep, adapter: Adapter, name: str = NAME) -> None
 def _inject(model: TinyFluxDeep, config: "LoraConfig", name: str) -> None:
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        # Several on one student are meant.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        inject_adapter_in_model(config, model, name)
 
 
 def adapter_tensors(tensors: Mapping[str, Tensor], name: str = NAME) -> dict[str, Tensor]:

@@ -13,13 +13,23 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tinyflux.errors import CheckpointError, ConfigError
-from tinyflux.model.adapters import Adapter, is_adapter, put_adapter, read_adapter
+from tinyflux.model.adapters import (
+    NAME,
+    Adapter,
+    is_adapter,
+    put_adapter,
+    read_adapter,
+    served_key,
+)
 from tinyflux.model.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from tinyflux.model.model import UNUSED_PUBLISHED_PREFIXES, TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.weights import fingerprint, misfits, plain_name, shapes_of
 from tinyflux.util.device import resolve_device
 from tinyflux.util.files import atomic_write
 from tinyflux.util.text import first_line
+
+# What ``load_model`` puts on a student: an adapter, or several by name.
+Adapters = str | os.PathLike[str] | Mapping[str, str] | None
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +40,7 @@ def load_model(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     strict: bool = True,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Adapters = None,
 ) -> TinyFluxDeep:
     """A student in evaluation mode.
 
@@ -41,7 +51,9 @@ def load_model(
         config: of the model; None reads the ``config.json`` beside the weights.
         strict: refuse tensors that do not fit; otherwise they are logged and left as initialised.
             And refuse an adapter of other weights; otherwise that is logged.
-        adapter: a directory or hub repository with a LoRA or DoRA adapter of the library peft.
+        adapter: a directory or hub repository with a LoRA or DoRA adapter of the library peft; or
+            several of LoRA by name, with which rows of one batch are drawn
+            (:func:`~tinyflux.inference.adapters.drawn_with`).
 
     Raises:
         CheckpointError: no checkpoint there, a broken one, or tensors that do not fit.
@@ -58,25 +70,43 @@ def load_model(
     fitting = _fitting(_outline(config, str(weights)), tensors, str(weights), strict)
     model = TinyFluxDeep(config)
     model.load_state_dict(fitting, strict=False)
-    if opened is not None:
-        _check_base(opened, model, os.fspath(source), strict)
-        put_adapter(model, opened)
+    if opened:
+        found = fingerprint(model.state_dict())
+        for one in opened.values():
+            _check_base(one, found, os.fspath(source), strict)
+        for key, one in opened.items():
+            put_adapter(model, one, key)
     return model.to(device=place, dtype=dtype).eval()
 
 
 def _with_base(
-    source: str | os.PathLike[str], adapter: str | os.PathLike[str] | None
-) -> tuple[str | os.PathLike[str], Adapter | None]:
-    """What holds the weights, and the adapter on them, if any."""
+    source: str | os.PathLike[str], adapter: Adapters
+) -> tuple[str | os.PathLike[str], dict[str, Adapter]]:
+    """What holds the weights, and the adapters on them by what peft's layers call them."""
     if not is_adapter(source):
-        return source, None if adapter is None else read_adapter(adapter)
-    if adapter is not None:
+        if adapter is None:
+            return source, {}
+        if isinstance(adapter, Mapping):
+            named = {served_key(name): read_adapter(place) for name, place in adapter.items()}
+            return source, {key: _mixable(one) for key, one in named.items()}
+        return source, {NAME: read_adapter(adapter)}
+    if adapter:
         raise CheckpointError(
-            f"'{source}' holds an adapter alone, on which '{adapter}' cannot be put: name the "
-            "student that both were trained on"
+            f"'{source}' holds an adapter alone, on which no other can be put: name the student "
+            "that both were trained on"
         )
     opened = read_adapter(source)
-    return base_of(opened), opened
+    return base_of(opened), {NAME: opened}
+
+
+def _mixable(adapter: Adapter) -> Adapter:
+    """Refuse an adapter that peft does not draw with beside others in one batch."""
+    if adapter.config.use_dora:
+        raise CheckpointError(
+            f"the adapter '{adapter.place}' is DoRA, which peft does not mix with others in one "
+            "batch: open it alone, as a student"
+        )
+    return adapter
 
 
 def base_of(adapter: Adapter) -> str:
@@ -95,12 +125,12 @@ def base_of(adapter: Adapter) -> str:
     return name
 
 
-def _check_base(adapter: Adapter, model: TinyFluxDeep, source: str, strict: bool) -> None:
+def _check_base(adapter: Adapter, found: str, source: str, strict: bool) -> None:
     """Refuse weights that an adapter was not trained on, where it says on which."""
     trained_on = adapter.base.fingerprint
     if not trained_on:
         logger.warning("the adapter '%s' does not say which weights it fits", adapter.place)
-    elif (found := fingerprint(model.state_dict())) != trained_on:
+    elif found != trained_on:
         message = (
             f"the adapter '{adapter.place}' was trained on other weights than those of '{source}' "
             f"(fingerprint {trained_on}, not {found}): open it with "

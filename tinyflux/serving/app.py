@@ -43,17 +43,23 @@ def served_models(config: ServeConfig) -> dict[str, str]:
     """Checkpoints by the names that requests use; the first is the default.
 
     Raises:
-        ConfigError: there is none, or a name that cannot be one.
+        ConfigError: there is none, a name that cannot be one, or adapters for more than one.
     """
     models = {} if config.checkpoint is None else {APP_NAME: config.checkpoint}
     models |= config.models
     if not models:
         raise ConfigError("there is nothing to serve: set serve.checkpoint or serve.models")
-    for name in models:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"serve.models: '{name}' cannot be a name: use letters, digits, '_' and '-'"
-            )
+    for setting, names in (("models", models), ("adapters", config.adapters)):
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"serve.{setting}: '{name}' cannot be a name: use letters, digits, '_' and '-'"
+                )
+    if config.adapters and len(models) > 1:
+        raise ConfigError(
+            f"serve.adapters are of one student, and {', '.join(models)} are served: start a "
+            "server of its own for each"
+        )
     return models
 
 

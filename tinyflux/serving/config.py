@@ -40,6 +40,8 @@ class ServeConfig:
         checkpoint: A checkpoint's directory, file, hub repository or URL; None is the run's
             ``final``.
         models: More checkpoints, by the names that requests use.
+        adapters: LoRA adapters of the one student that is served, by the names that requests use:
+            directories, hub repositories or URLs.
         min_replicas: The fewest replicas of each model.
         max_replicas: The most replicas of each model; Ray Serve keeps each one's batch about full.
         scale_up_seconds: How long there must be too much to do before a replica is added.
@@ -81,6 +83,7 @@ class ServeConfig:
     port: int = 8000
     checkpoint: str | None = None
     models: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
     min_replicas: int = 1
     max_replicas: int = 1
     scale_up_seconds: float = 10.0

@@ -22,7 +22,8 @@ def open_engine(config: ServeConfig, zoo: ZooConfig) -> ImageEngine:
     if config.checkpoint is None:
         raise InputError("serve.checkpoint must be set")
     config.check_limits()
-    model = load_student(config.checkpoint, str(resolve_device(zoo.device)), zoo.dtype)
+    device = str(resolve_device(zoo.device))
+    model = load_student(config.checkpoint, device, zoo.dtype, config.adapters)
     models = zoo.build(model.config)
     models.load_vae()
     models.load_t5()

@@ -51,7 +51,7 @@ class EngineReplica:
         shared: "DeploymentHandle[SharedState]",
     ):
         self._name, self._checkpoint, self._shared = name, checkpoint, shared
-        self._watch = config.watch_checkpoint
+        self._watch, self._adapters = config.watch_checkpoint, config.adapters
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(name)
         self._seen = signature(checkpoint)
@@ -145,7 +145,8 @@ class EngineReplica:
         seen = signature(self._checkpoint)
         try:
             device = str(resolve_device(self._zoo.device))
-            self._engine.swap(load_student(self._checkpoint, device, self._zoo.dtype))
+            dtype, adapters = self._zoo.dtype, self._adapters
+            self._engine.swap(load_student(self._checkpoint, device, dtype, adapters))
         except Exception as error:  # whatever is wrong with the new weights, the old ones serve
             self._last_error = str(error)
             logger.error("%s keeps its weights: %s", self._name, error)

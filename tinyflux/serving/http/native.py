@@ -43,6 +43,7 @@ class GenerateBody(BaseModel):
     width: Count | None = Field(default=None, description=_SIDE)
     seed: Seed | None = None
     solver: Solver = "euler"
+    adapter: Text | None = Field(default=None, description="of `adapters` of GET /info")
     preview_every: Interval = Field(default=0, description="steps between previews; 0 is none")
 
 
@@ -101,6 +102,7 @@ async def info(client: Client, model: Text | None = None) -> dict[str, Any]:
             "max_n": config.max_n,
             "max_prompt_chars": config.max_prompt_chars,
         },
+        "adapters": list(config.adapters),
         "defaults": {
             "size": config.default_size,
             "steps": config.default_steps,

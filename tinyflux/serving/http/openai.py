@@ -31,7 +31,7 @@ from tinyflux.util.picture_size import SIDES
 class ImagesBody(BaseModel):
     """``POST /v1/images/generations``.
 
-    The last five fields are TinyFlux's own: `extra_body` of OpenAI's clients. `quality`,
+    The last six fields are TinyFlux's own: `extra_body` of OpenAI's clients. `quality`,
     `background`, `moderation`, `output_format` and `user` are taken for clients that send them and
     change nothing.
     """
@@ -60,6 +60,7 @@ class ImagesBody(BaseModel):
     steps: Count | None = None
     guidance: Guidance | None = None
     solver: Solver = "euler"
+    adapter: Text | None = Field(default=None, description="of `adapters` of GET /info")
 
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -163,6 +164,7 @@ def _requests(client: EngineClient, body: ImagesBody) -> list[SampleRequest]:
             width=width,
             seed=seed + index,
             solver=body.solver,
+            adapter=body.adapter,
             preview_every=ceil(steps / (partial + 1)) if body.stream and partial else 0,
         )
         for index in range(body.n or 1)
