@@ -1,6 +1,6 @@
 """A training that begins before its cache is built.
 
-Slow: five processes import torch.
+Slow: six processes import torch, and one test is a run of two workers on a real Ray.
 """
 
 import shutil
@@ -205,3 +205,35 @@ def test_a_run_goes_on_as_it_began_and_says_what_it_lacks(run):
     train_local(plain)
     with pytest.raises(ConfigError, match=r"began without trainer\.start_at_rows"):
         train_local(changed(plain, start_at_rows=1, total_steps=3))
+
+
+@pytest.mark.filterwarnings("default")
+def test_workers_on_ray_read_what_one_process_reads(run):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("deepspeed")
+    from tinyflux.distributed.train import train
+
+    configs = BuildConfigs(run.data, run.zoo, run.cache, run.model)
+    build_some(configs, 3)
+    workers = replace(run.workers, engine="torch")
+    run = replace(changed(run, total_steps=7, validate_every=7), workers=workers)
+    longer = changed(run, total_steps=14)
+    alone = replace(longer, run_dir=f"{run.run_dir}-alone")
+    try:
+        train(run)
+        assert len(passes_of(run).spans) == 1
+        make(configs)
+        train(longer)
+    finally:
+        ray.shutdown()
+    decided = passes_of(run)
+    assert decided.finished
+    assert len(decided.spans) == 2
+    Path(alone.run_dir).mkdir()
+    shutil.copy(Path(run.run_dir) / PASSES, alone.run_dir)
+    train_local(alone)
+    own, others = figures(alone), figures(longer)
+    assert (14, "loss") in own
+    assert own.keys() == others.keys()
+    for place, value in own.items():
+        assert others[place] == pytest.approx(value, rel=1e-4, abs=1e-5), place
