@@ -95,8 +95,33 @@ def presets(record: Record) -> Rows:
         yield f"`{name}`", flops, kept, state, f"{found['checkpoint_bytes'] / 1e9:.2f}"
 
 
+MODELS = {
+    "flux": "`FluxTransformer2DModel`",
+    "ours": "the default model",
+    "ours_trunk": "without its predictors, with FLUX's options",
+    "ours_compiled": "the default model, blocks compiled",
+    "ours_patch_2": "the default model at patch 2",
+}
+
+
+def peers(record: Record) -> Rows:
+    """Of ``peers.py``."""
+    yield "", "parameters", "samples/s", "to FLUX's, 95% interval", "to patch 1, 95% interval"
+    for name, words in MODELS.items():
+        gaps = (record["ratios"].get(f"{name} to {other}") for other in ("flux", "ours"))
+        ratios = [
+            f"{gap['ratio']:.2f} ({gap['interval'][0]:.2f} to {gap['interval'][1]:.2f})"
+            if gap
+            else ""
+            for gap in gaps
+        ]
+        size = f"{record['parameters'][name] / 1e6:.1f}M"
+        yield words, size, f"{record['samples_per_s'][name]:.2f}", *ratios
+
+
 TABLES: dict[str, Callable[[Record], Rows]] = {
     "reading": reading, "leaving": leaving, "shift": shift, "presets": presets,
+    "peers": peers,
     "demo_teachers": comparison,
 }  # fmt: skip
 
