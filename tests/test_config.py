@@ -35,7 +35,15 @@ def test_the_demo_file_with_overrides():
     )
     assert run.trainer.learning_rate == 3e-4
     assert run.trainer.dtype == torch.bfloat16
-    assert run.model == replace(preset("toy"), patch_size=2, max_text_length=20)
+    assert run.model == replace(
+        preset("toy"),
+        patch_size=2,
+        max_text_length=20,
+        qk_norm=True,
+        gated_single_mlp=True,
+        mask_text_padding=True,
+        time_scale=1000.0,
+    )
     assert Path(run.cache.path).is_absolute()
     assert Path(run.zoo.t5_repo).is_absolute()
 
