@@ -77,40 +77,6 @@ def train(run, *options):
     return done.stdout
 
 
-def test_an_adapter_is_trained_on_a_finished_run_and_draws(run, tmp_path):
-    base = Path(run.run_dir) / "final"
-    if not base.exists():
-        train(run)
-    options = ["--trainer.init_from", run.run_dir, "--trainer.adapter.kind", "dora",
-               "--trainer.adapter.rank", "4", "--workers.engine", "torch"]  # fmt: skip
-    style = replace(run, run_dir=f"{run.run_dir}-style")
-    assert "an adapter is trained on the weights of" in train(style, *options)
-    made = Path(style.run_dir) / "final"
-    assert sorted(path.name for path in made.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "config.json",
-        "samples.png", "training.json",
-    ]  # fmt: skip
-    assert f'load_model("{base}", adapter="final")' in (made / "README.md").read_text()
-
-    stopped = replace(run, run_dir=f"{run.run_dir}-style-stopped")
-    train(stopped, *options, "--trainer.total_steps", "3")
-    assert "continuing from" in train(stopped, *options)
-    first, second = (load_file(Path(one.run_dir) / "final" / "adapter_model.safetensors")
-                     for one in (style, stopped))  # fmt: skip
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert figures(stopped) == figures(style)
-
-    zoo = run.zoo.build(run.model)
-    plain, drawn = (
-        Sampler(zoo, load_model(place, device="cpu", dtype=torch.float32), None, "cpu",
-                torch.float32).generate(CAPTIONS[:2], 2, 1.0, 4, 4, seed=0)
-        for place in (base, made)
-    )  # fmt: skip
-    assert drawn.isfinite().all()
-    assert not torch.equal(drawn, plain)
-
-
 def final(run):
     return load_file(Path(run.run_dir) / "final" / "model.safetensors")
 
@@ -173,3 +139,38 @@ def test_projectors_go_on_with_their_run_and_are_no_part_of_its_result(run):
     assert all(torch.equal(tensor, kept[1][name]) for name, tensor in kept[0].items())
     records = read_metrics(Path(whole.run_dir) / "metrics.jsonl")
     assert all(record["align_latents_2"] > 0 for record in records if "loss" in record)
+
+
+def test_an_adapter_is_trained_on_a_finished_run_and_draws(run, tmp_path):
+    base = Path(run.run_dir) / "final"
+    if not base.exists():
+        train(run)
+    options = ["--trainer.init_from", run.run_dir, "--trainer.adapter.kind", "dora",
+               "--trainer.adapter.rank", "4", "--workers.engine", "torch",
+               "--workers.offload", "false"]  # fmt: skip
+    style = replace(run, run_dir=f"{run.run_dir}-style")
+    assert "an adapter is trained on the weights of" in train(style, *options)
+    made = Path(style.run_dir) / "final"
+    assert sorted(path.name for path in made.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "config.json",
+        "samples.png", "training.json",
+    ]  # fmt: skip
+    assert f'load_model("{base}", adapter="final")' in (made / "README.md").read_text()
+
+    stopped = replace(run, run_dir=f"{run.run_dir}-style-stopped")
+    train(stopped, *options, "--trainer.total_steps", "3")
+    assert "continuing from" in train(stopped, *options)
+    first, second = (load_file(Path(one.run_dir) / "final" / "adapter_model.safetensors")
+                     for one in (style, stopped))  # fmt: skip
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures(stopped) == figures(style)
+
+    zoo = run.zoo.build(run.model)
+    plain, drawn = (
+        Sampler(zoo, load_model(place, device="cpu", dtype=torch.float32), None, "cpu",
+                torch.float32).generate(CAPTIONS[:2], 2, 1.0, 4, 4, seed=0)
+        for place in (base, made)
+    )  # fmt: skip
+    assert drawn.isfinite().all()
+    assert not torch.equal(drawn, plain)
